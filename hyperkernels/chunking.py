@@ -1,0 +1,64 @@
+"""The grid of chunks that a weight matrix is cut into (`W [N, K]` into `I x J` chunks of `rows x cols`)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Grid(NamedTuple):
+    """An `out_features x in_features` weight cut into chunks of `rows x cols`; edge chunks are cropped.
+
+    >>> grid = Grid(out_features=10, in_features=7, rows=4, cols=3)
+    >>> grid.I, grid.J, grid.cropped
+    (3, 3, True)
+    """
+
+    out_features: int
+    in_features: int
+    rows: int
+    cols: int
+
+    @property
+    def I(self) -> int:  # noqa: E743 - DESIGN's symbol
+        return ceil_div(self.out_features, self.rows)
+
+    @property
+    def J(self) -> int:
+        return ceil_div(self.in_features, self.cols)
+
+    @property
+    def cropped(self) -> bool:
+        return self.out_features % self.rows != 0 or self.in_features % self.cols != 0
+
+    def rank_bound(self, width: int) -> int:
+        """The largest rank a generated weight can have: each of its `width` Kronecker products has at most
+        `min(I, J) * min(rows, cols)`."""
+        bound = width * min(self.I, self.J) * min(self.rows, self.cols)
+        return min(bound, self.out_features, self.in_features)
+
+
+def to_chunks(v: Tensor, size: int) -> Tensor:
+    """`[..., n]` to `[..., ceil(n / size), size]`: a view where `size` divides n, else a zero-padded copy."""
+    n = v.shape[-1]
+    count = ceil_div(n, size)
+    if n != count * size:
+        v = F.pad(v, (0, count * size - n))
+    return v.unflatten(-1, (count, size))
+
+
+def from_chunks(v: Tensor, n: int) -> Tensor:
+    """`[..., count, size]` to `[..., n]`: the inverse of `to_chunks`, the padding cut off."""
+    return v.flatten(-2)[..., :n]
+
+
+def weight_from_chunks(chunks: Tensor, out_features: int, in_features: int) -> Tensor:
+    """`[..., I, J, rows, cols]` to `[..., N, K]`."""
+    weight = chunks.transpose(-3, -2).flatten(-4, -3).flatten(-2)
+    return weight[..., :out_features, :in_features]

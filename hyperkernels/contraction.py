@@ -1,0 +1,285 @@
+"""The engine's one operation, closed under differentiation.
+
+`phi = sum y[g,t,i,r] hidden[g,i,j,k] head[k,r,q] x[g,t,j,q]` is linear in each of its four slots, so the partial of
+phi by a slot is a multilinear function of the other three, and its own derivative is made of such partials again:
+`Partials` is the only autograd Function, and backward of any order comes back to it.
+
+The arithmetic is the opaque operator `hyperkernels::contract`, which plans and runs on real tensors, so that
+`torch.compile` and `torch.export` see one node with known shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from hyperkernels.backends import BACKENDS, choose_backend
+from hyperkernels.chunking import Grid
+from hyperkernels.hidden import ACTIVATIONS, additive_pre
+from hyperkernels.planner import SLOTS, Call, plan_contraction
+
+library = torch.library.Library("hyperkernels", "DEF")
+library.define(
+    "contract(str[] wanted, SymInt[] sizes, str activation, str order, str backend, Tensor? context_ids, "
+    "Tensor? y, Tensor? hidden, Tensor? chunks, Tensor? head, Tensor? x) -> Tensor[]"
+)
+FACTORS = ("y", "hidden", "chunks", "head", "x")
+Factors = tuple[Tensor | None, ...]
+
+
+def sizes_of(call: Call) -> tuple[int, ...]:
+    """The integers of a call, as the operator takes them."""
+    return (*call.grid, call.width, call.contexts, call.entries, call.tokens, int(call.per_chunk_heads))
+
+
+def call_of(sizes: Sequence[int], activation: str, mapped: bool, like: Tensor) -> Call:
+    N, K, rows, cols, width, contexts, entries, tokens, per_chunk_heads = sizes
+    grid = Grid(N, K, rows, cols)
+    return Call(
+        grid, width, contexts, entries, tokens, bool(per_chunk_heads), mapped, activation, like.dtype, like.device.type
+    )
+
+
+def result_names(wanted: Sequence[str], activation: str) -> list[str]:
+    """The factors that the operator returns the partials of, in its order."""
+    names = []
+    for slot in wanted:
+        names += [slot, "chunks"] if slot == "hidden" and activation else [slot]
+    return names
+
+
+def result_shapes(wanted: Sequence[str], sizes: Sequence[int], activation: str) -> list[tuple[int, ...]]:
+    N, K, rows, cols, m, contexts, entries, tokens, per_chunk_heads = sizes
+    I, J = -(-N // rows), -(-K // cols)
+    shapes = {
+        "y": (entries, tokens, N),
+        "x": (entries, tokens, K),
+        "hidden": (contexts, m) if activation else (contexts, I, J, m),
+        "chunks": (I, J, m),
+        "head": (I * J, m, rows, cols) if per_chunk_heads else (m, rows, cols),
+    }
+    return [shapes[name] for name in result_names(wanted, activation)]
+
+
+def check_context_ids(context_ids: Tensor, contexts: int) -> None:
+    if context_ids.numel():
+        low, high = int(context_ids.min()), int(context_ids.max())
+        if low < 0 or high >= contexts:
+            raise ValueError(f"context_ids: got values from {low} to {high}, wanted 0 to {contexts - 1}")
+
+
+def _contract(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:
+    like = next(factor for factor in factors if factor is not None)
+    if context_ids is not None:
+        check_context_ids(context_ids, sizes[5])
+    call = call_of(sizes, activation, context_ids is not None, like)
+    plan = plan_contraction(call, tuple(wanted), order or None)
+    run = BACKENDS[choose_backend(call, order or None, backend or None)].contract
+    assert run is not None
+    given = {name: factor for name, factor in zip(FACTORS, factors) if factor is not None}
+    chunks = given.pop("chunks", None)
+    return list(run(call, plan, given, chunks, context_ids))
+
+
+def _contract_fake(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:
+    like = next(factor for factor in factors if factor is not None)
+    return [like.new_empty(shape) for shape in result_shapes(wanted, sizes, activation)]
+
+
+def _contract_vmap(info, in_dims, wanted, sizes, activation, order, backend, context_ids, *factors):
+    """Fold the mapped dimension into entries and contexts where head and chunks are the same for all; else loop."""
+    size = info.batch_size
+    dims = dict(zip(("ids", *FACTORS), in_dims[5:]))
+    given = dict(zip(("ids", *FACTORS), (context_ids, *factors)))
+    mapped = {name: v.movedim(dims[name], 0) for name, v in given.items() if v is not None and dims[name] is not None}
+    if not {"head", "chunks"} & (mapped.keys() | set(result_names(wanted, activation))):
+        return _contract_folded(size, given, mapped, wanted, sizes, activation, order, backend)
+    runs = []
+    for n in range(size):
+        one = {name: mapped[name][n] if name in mapped else v for name, v in given.items()}
+        runs.append(_op(wanted, sizes, activation, order, backend, *one.values()))
+    return [torch.stack(parts) for parts in zip(*runs)], [0] * len(runs[0])
+
+
+def _contract_folded(size, given, mapped, wanted, sizes, activation, order, backend):
+    contexts, entries = sizes[5:7]
+    per_map = "hidden" in mapped or "hidden" in wanted
+    ids = mapped.get("ids", given["ids"])
+    if ids is None and not per_map:
+        ids = torch.arange(contexts, device=next(iter(mapped.values())).device)
+    if ids is not None:
+        ids = ids.expand(size, entries)
+        if per_map:
+            ids = ids + contexts * torch.arange(size, device=ids.device)[:, None]
+        ids = ids.flatten()
+    folded = {"ids": ids}
+    for name in FACTORS:
+        value = mapped.get(name, given[name])
+        if value is not None and (name in "xy" or (name == "hidden" and per_map)):
+            if name not in mapped:
+                value = value.expand(size, *value.shape)
+            value = value.flatten(0, 1)
+        folded[name] = value
+    sizes = [*sizes[:5], contexts * size if per_map else contexts, entries * size, *sizes[7:]]
+    results = _op(wanted, sizes, activation, order, backend, *folded.values())
+    return [result.unflatten(0, (size, -1)) for result in results], [0] * len(results)
+
+
+_op = torch.ops.hyperkernels.contract.default
+library.impl("contract", _contract, "CompositeExplicitAutograd")
+torch.library.register_fake("hyperkernels::contract", _contract_fake, lib=library)
+torch.library.register_vmap("hyperkernels::contract", _contract_vmap, lib=library)
+
+
+@register_flop_formula(torch.ops.hyperkernels.contract, get_raw=True)
+def _contract_flops(wanted, sizes, activation, order, backend, context_ids, *factors, out_val=None, **_) -> int:
+    like = next(factor for factor in factors if factor is not None)
+    call = call_of(sizes, activation, context_ids is not None, like)
+    return plan_contraction(call, tuple(wanted), order or None).flops
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call is, beside its tensors; one leaf to `torch.func`, which a tuple would not be."""
+
+    sizes: tuple[int, ...]
+    activation: str
+    order: str
+    backend: str
+
+
+def partials(
+    wanted: tuple[str, ...], settings: Settings, context_ids: Tensor | None, *factors: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The partials of phi by the slots in `wanted`, differentiable in every factor, to any order.
+
+    `factors` follow `FACTORS`, and one that no wanted partial is a function of may be None. With an activation,
+    the hidden partial is two results, dcontext and dchunks.
+    """
+    function = Partials if torch.compiler.is_compiling() else PartialsForwardMode
+    return function.apply(",".join(wanted), settings, context_ids, *factors)
+
+
+class Partials(torch.autograd.Function):
+    """`partials`, as Dynamo can trace it (it refuses a Function that has a `jvp`)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(wanted, settings, context_ids, y, hidden, chunks, head, x):  # by name: Dynamo counts them
+        s, factors = settings, (y, hidden, chunks, head, x)
+        return tuple(
+            _op(wanted.split(","), list(s.sizes), s.activation, s.order, s.backend, context_ids, *factors)
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        wanted, ctx.settings, context_ids, *factors = inputs
+        ctx.wanted = tuple(wanted.split(","))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(context_ids, *_read_in_backward(ctx.wanted, ctx.needs_input_grad[3:], factors))
+        ctx.save_for_forward(context_ids, *factors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        context_ids, *factors = ctx.saved_tensors
+        settings = ctx.settings
+        needs = dict(zip(FACTORS, ctx.needs_input_grad[3:]))
+        names = result_names(ctx.wanted, settings.activation)
+        given = {name: v for name, v in zip(names, cotangents) if v is not None}
+        if settings.activation and given.keys() & {"hidden", "chunks"}:
+            grads = _additive_second_order(ctx.wanted, settings, context_ids, factors, needs, given)
+        else:
+            grads = {}
+            for slot, cotangent in given.items():
+                targets = tuple(s for s in SLOTS if s != slot and (needs[s] or (s == "hidden" and needs["chunks"])))
+                if targets:
+                    values = dict(zip(FACTORS, factors)) | {slot: cotangent}
+                    found = partials(targets, settings, context_ids, *values.values())
+                    _accumulate(grads, result_names(targets, settings.activation), found)
+        return None, None, None, *(grads.get(name) if needs[name] else None for name in FACTORS)
+
+
+def _accumulate(totals: dict[str, Tensor], names: Sequence[str], parts: Sequence[Tensor]) -> None:
+    for name, part in zip(names, parts):
+        totals[name] = totals[name] + part if name in totals else part
+
+
+class PartialsForwardMode(Partials):
+    """`Partials` with forward-mode derivatives."""
+
+    @staticmethod
+    def jvp(ctx, _wanted, _settings, _ids, *tangents):
+        context_ids, *factors = ctx.saved_tensors
+        settings, wanted = ctx.settings, ctx.wanted
+        values = dict(zip(FACTORS, factors))
+        moved = {name: v for name, v in zip(FACTORS, tangents) if v is not None}
+        results: dict[str, Tensor] = {}
+        if settings.activation and moved.keys() & {"hidden", "chunks"}:
+            if "hidden" in wanted:
+                raise NotImplementedError(
+                    "forward-mode derivatives of the gradients of AdditiveHidden: pass hidden.materialize() instead"
+                )
+            pre = additive_pre(values["hidden"], values["chunks"])
+            tangent = torch.zeros_like(pre)
+            if "hidden" in moved:
+                tangent = tangent + moved.pop("hidden")[:, None, None]
+            if "chunks" in moved:
+                tangent = tangent + moved.pop("chunks")
+            dense = values | {"hidden": ACTIVATIONS[settings.activation].grad(tangent, pre), "chunks": None}
+            found = partials(wanted, replace(settings, activation=""), context_ids, *dense.values())
+            _accumulate(results, wanted, found)
+        for slot, tangent in moved.items():
+            targets = tuple(s for s in wanted if s != slot)
+            if targets:
+                found = partials(targets, settings, context_ids, *(values | {slot: tangent}).values())
+                _accumulate(results, result_names(targets, settings.activation), found)
+        names = result_names(wanted, settings.activation)
+        shapes = result_shapes(wanted, settings.sizes, settings.activation)
+        like = next(v for v in tangents if v is not None)
+        return tuple(
+            results[name] if name in results else like.new_zeros(shape) for name, shape in zip(names, shapes)
+        )
+
+
+def _read_in_backward(wanted, needs_grad, factors) -> Factors:
+    """Each factor that some derivative of some wanted partial is a function of; None for the others."""
+    needs = {name for name, needed in zip(FACTORS, needs_grad) if needed}
+    slots = {"hidden" if name == "chunks" else name for name in needs}
+    additive = factors[FACTORS.index("chunks")] is not None
+    if additive and "hidden" in wanted:
+        return tuple(factors)
+
+    def read(name: str) -> bool:
+        if name in ("hidden", "chunks") and additive and "hidden" in slots:
+            return True  # the activation's derivative is taken at them
+        slot = "hidden" if name == "chunks" else name
+        return any(slot not in (s, by) for s in wanted for by in slots if s != by)
+
+    return tuple(factor if read(name) else None for name, factor in zip(FACTORS, factors))
+
+
+def _additive_second_order(wanted, settings, context_ids, factors, needs, cotangents) -> dict[str, Tensor]:
+    """The pullback of dcontext and dchunks: phi is not linear in those, so hidden is formed and torch's own
+    derivatives of the activation are used."""
+    activation = ACTIVATIONS[settings.activation]
+    active = [name for name in FACTORS if needs[name]]
+
+    def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+        full = dict(zip(FACTORS, factors)) | dict(zip(active, values))
+        pre = additive_pre(full["hidden"], full["chunks"])
+        full |= {"hidden": activation.value(pre), "chunks": None}
+        dense = replace(settings, activation="")
+        found = dict(zip(wanted, partials(wanted, dense, context_ids, *full.values())))
+        if "hidden" in found:
+            dpre = activation.grad(found["hidden"], pre)
+            found |= {"hidden": dpre.sum((1, 2)), "chunks": dpre.sum(0)}
+        return tuple(found[name] for name in cotangents)
+
+    values = dict(zip(FACTORS, factors))
+    _, pullback = torch.func.vjp(gradients, *(values[name] for name in active))
+    return dict(zip(active, pullback(tuple(cotangents.values()))))

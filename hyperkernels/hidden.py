@@ -1,0 +1,113 @@
+"""`AdditiveHidden`: the hidden layer of every (context, chunk) pair, kept as one summand per context and one per chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """`value(pre)` and the pullback `grad(dvalue, pre)`, both differentiable torch expressions."""
+
+    value: Callable[[Tensor], Tensor]
+    grad: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "identity": Activation(lambda pre: pre, lambda d, pre: d),
+    "relu": Activation(torch.relu, lambda d, pre: d * (pre > 0)),
+    "gelu": Activation(F.gelu, lambda d, pre: aten.gelu_backward(d, pre)),
+    "gelu_tanh": Activation(
+        lambda pre: F.gelu(pre, approximate="tanh"),
+        lambda d, pre: aten.gelu_backward(d, pre, approximate="tanh"),
+    ),
+    "silu": Activation(F.silu, lambda d, pre: aten.silu_backward(d, pre)),
+    "tanh": Activation(torch.tanh, lambda d, pre: d * (1 - torch.tanh(pre).square())),
+    "sin": Activation(torch.sin, lambda d, pre: d * torch.cos(pre)),
+}
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class AdditiveHidden:
+    """`hidden[g,i,j,:] = activation(context[g,:] + chunks[i,j,:])`, never held for all g at once.
+
+    The first layer of a trunk fed `[z, chunk embedding]` is separable: its weight splits into one part that
+    sees the context and one that sees the chunk. Kept apart, a context per sample costs `G*m + I*J*m`
+    numbers where the hidden layer itself would cost `G*I*J*m`.
+
+    Args:
+        context: `[G, m]`, the context's part of the pre-activation, biases included. Floating.
+        chunks: `[I, J, m]`, the chunks' part. The dtype and device of `context`.
+        activation: one of `hyperkernels.hidden.ACTIVATIONS`: identity, relu, gelu, gelu_tanh, silu, tanh, sin.
+
+    Memory: backward forms hidden again block by block and saves only `context` and `chunks`. Second
+    derivatives with respect to either form `[G, I, J, m]`.
+
+    Raises:
+        TypeError: `context` or `chunks` is no floating tensor, or their dtypes differ.
+        ValueError: a shape, device or activation is wrong.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> hidden = hk.AdditiveHidden(torch.randn(5, 8), torch.randn(3, 2, 8), "tanh")
+        >>> hk.hyper_linear(torch.randn(5, 7, 6), hidden, torch.randn(8, 4, 3)).shape
+        torch.Size([5, 7, 12])
+    """
+
+    context: Tensor
+    chunks: Tensor
+    activation: str
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+        for name, value, wanted in (("context", self.context, "[G, m]"), ("chunks", self.chunks, "[I, J, m]")):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name}: got {got}, wanted a floating tensor {wanted}")
+            if value.dim() != wanted.count(",") + 1:
+                raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {wanted}")
+        if self.context.shape[-1] != self.chunks.shape[-1]:
+            raise ValueError(
+                f"chunks: got width {self.chunks.shape[-1]}, wanted context's width {self.context.shape[-1]}"
+            )
+        if self.context.dtype != self.chunks.dtype:
+            raise TypeError(f"chunks: got {self.chunks.dtype}, wanted context's dtype {self.context.dtype}")
+        if self.context.device != self.chunks.device:
+            raise ValueError(f"chunks: on {self.chunks.device}, wanted context's device {self.context.device}")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`(G, I, J, m)`: the shape of the hidden layer that this stands for."""
+        return (self.context.shape[0], *self.chunks.shape)  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.context.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
+
+    def to(self, dtype: torch.dtype) -> AdditiveHidden:
+        return AdditiveHidden(self.context.to(dtype), self.chunks.to(dtype), self.activation)
+
+    def materialize(self) -> Tensor:
+        """The hidden layer itself, `[G, I, J, m]`, differentiable; what the fast paths avoid."""
+        return ACTIVATIONS[self.activation].value(additive_pre(self.context, self.chunks))
+
+
+def additive_pre(context: Tensor, chunks: Tensor) -> Tensor:
+    """The pre-activation `[G, I, J, m]` of `AdditiveHidden`."""
+    return context[:, None, None] + chunks

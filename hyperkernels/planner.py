@@ -1,0 +1,290 @@
+"""Which order evaluates the form, at what cost, in blocks of what size: closed form, no timing at run time.
+
+The form is `phi = sum y[g,t,i,r] hidden[g,i,j,k] head[k,r,q] x[g,t,j,q]`, and every operation of the engine is the
+partial derivative of phi by one of the four slots. Four factors can be paired in three ways, and each way is an
+order of evaluation: one pair forms an intermediate, one member of the other pair consumes it, and what comes out
+belongs to the remaining slot.
+
+| order          | pairs                            | intermediate   |
+|----------------|----------------------------------|----------------|
+| `generate`     | (hidden, head) and (x, y)        | `[g,i,j,r,q]`  |
+| `head_first`   | (head, x) and (hidden, y)        | `[g,t,j,k,r]`  |
+| `hidden_first` | (hidden, x) and (head, y)        | `[g,t,i,k,q]`  |
+
+So an order is a program and its derivatives: head_first forms `t` from (head, x) for y and dhidden, and its twin
+from (hidden, dy) once for both dx and dhead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import ceil, prod
+from typing import NamedTuple
+
+import torch
+
+from hyperkernels.chunking import Grid
+
+SLOTS = ("y", "hidden", "head", "x")
+OUTPUT = {"y": "y", "hidden": "dhidden", "head": "dhead", "x": "dx"}
+PAIRS = {
+    "generate": (("hidden", "head"), ("x", "y")),
+    "head_first": (("head", "x"), ("hidden", "y")),
+    "hidden_first": (("hidden", "x"), ("head", "y")),
+}
+ORDERS = tuple(PAIRS)
+
+
+class Call(NamedTuple):
+    """Everything a plan depends on. `entries` leading entries of x hold `tokens` rows each; without `mapped`,
+    entry g uses context g, so a context shared by all is one entry that holds every token."""
+
+    grid: Grid
+    width: int
+    contexts: int
+    entries: int
+    tokens: int
+    per_chunk_heads: bool = False
+    mapped: bool = False
+    activation: str = ""
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        head = "ijkrq" if self.per_chunk_heads else "krq"
+        return {"y": "gtir", "hidden": "gijk", "head": head, "x": "gtjq"}
+
+    def intermediate(self, order: str) -> str:
+        (a, b), (c, d) = PAIRS[order]
+        labels = self.labels
+        shared = (set(labels[a]) | set(labels[b])) & (set(labels[c]) | set(labels[d]))
+        return "".join(label for label in "gtijkrq" if label in shared)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Extent of each label; with `mapped`, the mean number of tokens per context in use."""
+        contexts = min(self.contexts, max(self.entries, 1))
+        tokens = ceil(self.entries * self.tokens / max(contexts, 1))
+        grid = self.grid
+        return dict(g=contexts, t=tokens, i=grid.I, j=grid.J, k=self.width, r=grid.rows, q=grid.cols)
+
+
+class Machine(NamedTuple):
+    """The cost model's constants: what a well-shaped product, main memory and the cache level that blocks are cut
+    for sustain, and the size of a block that stays in that level."""
+
+    flops_per_s: float
+    memory_bytes_per_s: float
+    cache_bytes_per_s: float
+    block_bytes: int
+
+
+MACHINES = {
+    "cpu": Machine(1.3e11, 1.5e10, 5e10, 4 << 20),
+    "cuda": Machine(4e14, 3.5e12, 6e12, 64 << 20),
+}
+
+_workspace_bytes = 64 << 20
+
+
+def workspace_mib() -> int:
+    """The bound on a call's workspace in MiB, 64 unless `set_workspace_mib` changed it."""
+    return _workspace_bytes >> 20
+
+
+def set_workspace_mib(mib: int) -> None:
+    """Bound the workspace of each call, beyond its inputs and outputs, to `mib` MiB.
+
+    The least a call can do with is one chunk, or one token's share of an intermediate, neither larger than
+    `head` or one context's `hidden`; a smaller bound is held as nearly as that allows.
+
+    Raises:
+        ValueError: `mib` is not a positive integer.
+
+    Example:
+        >>> import hyperkernels as hk
+        >>> hk.set_workspace_mib(64)
+    """
+    global _workspace_bytes
+    if not isinstance(mib, int) or mib < 1:
+        raise ValueError(f"mib: got {mib!r}, wanted a positive integer")
+    _workspace_bytes = mib << 20
+    plan_contraction.cache_clear()
+
+
+class Step(NamedTuple):
+    """Form the intermediate of `order` from the pair `forms`; each output in `outputs` consumes it."""
+
+    order: str
+    forms: tuple[str, str]
+    outputs: tuple[str, ...]
+    blocks: tuple[tuple[str, int], ...]
+    flops: int
+    bytes_moved: int
+    workspace_bytes: int
+
+
+class Cost(NamedTuple):
+    order: str
+    flops: int
+    bytes_moved: int
+    workspace_bytes: int
+    time_us: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run, and what was weighed against it: `candidates[output]` is each order's cost for that output
+    on its own."""
+
+    call: Call
+    wanted: tuple[str, ...]
+    steps: tuple[Step, ...]
+    candidates: dict[str, tuple[Cost, ...]]
+    forced: bool
+
+    def order_of(self, slot: str) -> str:
+        return next(step.order for step in self.steps if slot in step.outputs)
+
+    @property
+    def flops(self) -> int:
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def bytes_moved(self) -> int:
+        return sum(step.bytes_moved for step in self.steps)
+
+    @property
+    def workspace_bytes(self) -> int:
+        return max((step.workspace_bytes for step in self.steps), default=0)
+
+
+def check_order(order: str | None) -> None:
+    if order is not None and order not in ORDERS:
+        raise ValueError(f"order: got {order!r}, wanted None or one of {', '.join(ORDERS)}")
+
+
+@lru_cache(maxsize=4096)
+def plan_contraction(call: Call, wanted: tuple[str, ...], order: str | None = None) -> Plan:
+    """The cheapest orders for the partials of phi by the slots in `wanted`, sharing intermediates between them."""
+    orders = ORDERS if order is None else (order,)
+    choices = [tuple(_steps(call, wanted, choice)) for choice in product(orders, repeat=len(wanted))]
+    steps = min(choices, key=lambda steps: sum(_time_us(call, step) for step in steps))
+    candidates = {slot: tuple(_alone(call, slot, name) for name in ORDERS) for slot in wanted}
+    return Plan(call, wanted, steps, candidates, order is not None)
+
+
+def _steps(call: Call, wanted: tuple[str, ...], orders: tuple[str, ...]) -> Iterator[Step]:
+    """Outputs whose order and pair agree consume one intermediate."""
+    shared: dict[tuple[str, tuple[str, str]], list[str]] = {}
+    for slot, order in zip(wanted, orders):
+        left, right = PAIRS[order]
+        shared.setdefault((order, right if slot in left else left), []).append(slot)
+    for (order, forms), outputs in shared.items():
+        yield _step(call, order, forms, tuple(outputs))
+
+
+@lru_cache(maxsize=4096)
+def _step(call: Call, order: str, forms: tuple[str, str], outputs: tuple[str, ...]) -> Step:
+    consumers = next(pair for pair in PAIRS[order] if pair != forms)
+    labels, sizes = call.labels, call.sizes
+
+    def flops(pair: tuple[str, str]) -> int:
+        return 2 * prod(sizes[label] for label in set(labels[pair[0]] + labels[pair[1]]))
+
+    def numbers(slot: str) -> int:
+        if slot == "hidden" and call.activation:
+            return (sizes["g"] + sizes["i"] * sizes["j"]) * sizes["k"]
+        return prod(sizes[label] for label in labels[slot])
+
+    blocks = block_sizes(call, order)
+    touched = sum(numbers(slot) for slot in forms) + len(outputs) * sum(numbers(slot) for slot in consumers)
+    return Step(
+        order,
+        forms,
+        outputs,
+        tuple((label, size) for label, size in blocks.items() if size < sizes[label]),
+        flops(forms) + len(outputs) * flops(consumers),
+        call.dtype.itemsize * touched,
+        block_bytes(call, order, blocks),
+    )
+
+
+def _time_us(call: Call, step: Step) -> float:
+    """Arithmetic, memory traffic and the traffic of the intermediate (written, copied into the next product's
+    layout, read) do not overlap: each product is a call of its own."""
+    machine = MACHINES.get(call.device, MACHINES["cpu"])
+    sizes = call.sizes
+    formed = prod(sizes[label] for label in call.intermediate(step.order)) * call.dtype.itemsize
+    seconds = (
+        step.flops / machine.flops_per_s
+        + step.bytes_moved / machine.memory_bytes_per_s
+        + (1 + 3 * len(step.outputs)) * formed / machine.cache_bytes_per_s
+    )
+    return 1e6 * seconds
+
+
+def _alone(call: Call, slot: str, order: str) -> Cost:
+    (step,) = _steps(call, (slot,), (order,))
+    return Cost(order, step.flops, step.bytes_moved, step.workspace_bytes, _time_us(call, step))
+
+
+def block_bytes(call: Call, order: str, blocks: dict[str, int]) -> int:
+    """Workspace of one block: the intermediate twice (formed, and in the next product's layout), and those
+    operands that are formed, gathered or padded for the block rather than viewed in place."""
+    labels = call.labels
+
+    def numbers(names: str) -> int:
+        return prod(blocks[label] for label in names)
+
+    total = 2 * numbers(call.intermediate(order))
+    if call.activation or call.mapped:
+        total += 3 * numbers(labels["hidden"])
+    if call.per_chunk_heads:
+        total += 2 * numbers(labels["head"])
+    if call.grid.cropped or call.mapped:
+        total += max(numbers(labels["x"]), numbers(labels["y"]))
+    return total * call.dtype.itemsize
+
+
+SPLIT = {"generate": "gijt", "head_first": "gtr", "hidden_first": "gtq"}
+
+
+def block_sizes(call: Call, order: str) -> dict[str, int]:
+    """Halve the labels of `SPLIT` in turn until a block fits the cache level it is meant for, or the workspace."""
+    blocks = dict(call.sizes)
+    limit = min(_workspace_bytes, MACHINES.get(call.device, MACHINES["cpu"]).block_bytes)
+    for label in ("ij" if call.per_chunk_heads else "") + SPLIT[order]:
+        while blocks[label] > 1 and block_bytes(call, order, blocks) > limit:
+            blocks[label] = ceil(blocks[label] / 2)
+    return blocks
+
+
+def default_chunk(out_features: int, in_features: int, width: int) -> tuple[int, int]:
+    """The cheapest `(rows, cols)` whose generated weight can still have full rank.
+
+    Among powers of two (and the whole extent), minimise FLOPs beside a dense layer's: `width*rows/N + width/cols`
+    in head_first, and never more than the 1 of generate, subject to
+    `width * min(I, J) * min(rows, cols) >= min(N, K)`; of equals, the one with the fewest parameters. Where no
+    chunk allows full rank, the one that allows the highest.
+
+    Example:
+        >>> default_chunk(4096, 4096, 32)
+        (8, 256)
+    """
+
+    def extents(n: int) -> list[int]:
+        return [1 << p for p in range(n.bit_length()) if 1 << p < n] + [n]
+
+    def key(chunk: tuple[int, int]) -> tuple[float, ...]:
+        grid = Grid(out_features, in_features, *chunk)
+        flops = width * chunk[0] / out_features + width / chunk[1]
+        padded = grid.I * chunk[0] * grid.J * chunk[1] / (out_features * in_features)
+        parameters = width * (grid.I * grid.J + prod(chunk))
+        return (-grid.rank_bound(width), min(flops * padded, 1.0), parameters)
+
+    return min(product(extents(out_features), extents(in_features)), key=key)
