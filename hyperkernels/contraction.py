@@ -78,7 +78,7 @@ def _contract(wanted, sizes, activation, order, backend, context_ids, *factors) 
         check_context_ids(context_ids, sizes[5])
     call = call_of(sizes, activation, context_ids is not None, like)
     plan = plan_contraction(call, tuple(wanted), order or None)
-    run = BACKENDS[choose_backend(call, order or None, backend or None)].contract
+    run = BACKENDS[choose_backend(call, order or None, backend or None)[0]].contract
     assert run is not None
     given = {name: factor for name, factor in zip(FACTORS, factors) if factor is not None}
     chunks = given.pop("chunks", None)
@@ -272,7 +272,7 @@ def _additive_second_order(wanted, settings, context_ids, factors, needs, cotang
     def gradients(*values: Tensor) -> tuple[Tensor, ...]:
         full = dict(zip(FACTORS, factors)) | dict(zip(active, values))
         pre = additive_pre(full["hidden"], full["chunks"])
-        full |= {"hidden": activation.value(pre), "chunks": None}
+        full |= {"hidden": activation.apply_(pre.clone()), "chunks": None}
         dense = replace(settings, activation="")
         found = dict(zip(wanted, partials(wanted, dense, context_ids, *full.values())))
         if "hidden" in found:

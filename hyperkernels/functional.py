@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperkernels.backends import check_backend, choose_backend, reference
+from hyperkernels.backends import choose_backend, reference
 from hyperkernels.chunking import Grid, ceil_div, to_chunks
 from hyperkernels.contraction import Settings, check_context_ids, partials, sizes_of
 from hyperkernels.hidden import AdditiveHidden
@@ -70,14 +70,12 @@ def hyper_linear(
     Source: chunk-wise hypernetworks, Ha, Dai and Le 2016 (HyperNetworks), section 3.1.
     """
     x, hidden, head, bias, head_bias = _autocast(x, hidden, head, bias, head_bias)
-    form = _canonical(x, hidden, head, out_features, context_ids)
+    form = canonical_form(x, hidden, head, out_features, context_ids)
     _check_bias(bias, form, x)
     _check_head_bias(head_bias, form, x)
     check_order(order)
-    check_backend(backend)
     call = form.call
-    if backend == "reference":
-        choose_backend(call, order, backend)
+    if choose_backend(call, order, backend)[0] == "reference":
         weight = _materialize(hidden, head, call.grid, head_bias)
         if form.ids is not None:
             check_context_ids(form.ids, call.contexts)
@@ -141,9 +139,10 @@ class Form(NamedTuple):
     hidden_shape: tuple[int, int, int, int]
 
 
-def _canonical(
+def canonical_form(
     x: Tensor, hidden: Tensor | AdditiveHidden, head: Tensor, out_features: int | None, context_ids: Tensor | None
 ) -> Form:
+    """Check the arguments against each other and bring them to the engine's form."""
     _check_tensors(x, hidden, head)
     if x.dim() < 1:
         raise ValueError("x: got a scalar, wanted [*, K]")

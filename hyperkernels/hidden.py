@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Activation:
-    """`value(pre)` and the pullback `grad(dvalue, pre)`, both differentiable torch expressions."""
+class Activation(NamedTuple):
+    """`apply_(pre)` in place, and the pullback `grad(dvalue, pre)`; both are differentiable torch expressions."""
 
-    value: Callable[[Tensor], Tensor]
+    apply_: Callable[[Tensor], Tensor]
     grad: Callable[[Tensor, Tensor], Tensor]
 
 
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(lambda pre: pre, lambda d, pre: d),
-    "relu": Activation(torch.relu, lambda d, pre: d * (pre > 0)),
-    "gelu": Activation(F.gelu, lambda d, pre: aten.gelu_backward(d, pre)),
+    "relu": Activation(torch.relu_, lambda d, pre: d * (pre > 0)),
+    "gelu": Activation(aten.gelu_, aten.gelu_backward),
     "gelu_tanh": Activation(
-        lambda pre: F.gelu(pre, approximate="tanh"),
+        lambda pre: aten.gelu_(pre, approximate="tanh"),
         lambda d, pre: aten.gelu_backward(d, pre, approximate="tanh"),
     ),
-    "silu": Activation(F.silu, lambda d, pre: aten.silu_backward(d, pre)),
-    "tanh": Activation(torch.tanh, lambda d, pre: d * (1 - torch.tanh(pre).square())),
-    "sin": Activation(torch.sin, lambda d, pre: d * torch.cos(pre)),
+    "silu": Activation(aten.silu_, aten.silu_backward),
+    "tanh": Activation(torch.tanh_, lambda d, pre: d * (1 - torch.tanh(pre).square())),
+    "sin": Activation(torch.sin_, lambda d, pre: d * torch.cos(pre)),
 }
 
 
@@ -105,9 +104,9 @@ class AdditiveHidden:
 
     def materialize(self) -> Tensor:
         """The hidden layer itself, `[G, I, J, m]`, differentiable; what the fast paths avoid."""
-        return ACTIVATIONS[self.activation].value(additive_pre(self.context, self.chunks))
+        return ACTIVATIONS[self.activation].apply_(additive_pre(self.context, self.chunks))
 
 
 def additive_pre(context: Tensor, chunks: Tensor) -> Tensor:
-    """The pre-activation `[G, I, J, m]` of `AdditiveHidden`."""
+    """The pre-activation `[G, I, J, m]` of `AdditiveHidden`, a tensor of its own."""
     return context[:, None, None] + chunks

@@ -28,17 +28,23 @@ BACKENDS: dict[str, Backend] = {
 PREFERENCE = ("torch",)
 
 
-def choose_backend(call: Call, order: str | None, backend: str | None) -> str:
-    """The forced backend if it can do the call, else the first in `PREFERENCE` that can."""
-    if backend is None:
-        return next(name for name in PREFERENCE if BACKENDS[name].supports(call, order)[0])
-    check_backend(backend)
-    ok, reason = BACKENDS[backend].supports(call, order)
-    if not ok:
-        raise ValueError(f"backend: {backend!r} cannot do this call: {reason}")
-    return backend
+def choose_backend(call: Call, order: str | None = None, backend: str | None = None) -> tuple[str, dict[str, str]]:
+    """`(name, {backend ruled out: why})`: the forced backend if it can do the call, else the first of `PREFERENCE`
+    that can.
 
-
-def check_backend(backend: str | None) -> None:
+    Raises:
+        ValueError: the forced backend is unknown, or cannot do the call.
+    """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(BACKENDS)}")
+    names = PREFERENCE if backend is None else (backend,)
+    ruled_out: dict[str, str] = {}
+    for name in names:
+        ok, reason = BACKENDS[name].supports(call, order)
+        if ok:
+            for other in BACKENDS.keys() - ruled_out.keys() - {name}:
+                why = BACKENDS[other].supports(call, order)[1]
+                ruled_out[other] = why if backend is None else f"backend={backend!r} was asked for"
+            return name, ruled_out
+        ruled_out[name] = reason
+    raise ValueError(f"backend: {'; '.join(f'{name!r} cannot do this call: {why}' for name, why in ruled_out.items())}")

@@ -11,8 +11,8 @@ from hyperkernels.planner import Call
 
 def supports(call: Call, order: str | None) -> tuple[bool, str]:
     if order not in (None, "generate"):
-        return False, f"it forms every weight, so it has no order {order!r}"
-    return True, "it forms every weight"
+        return False, f"it forms every weight whole, so it has no order {order!r}"
+    return True, "forms every weight whole, so only when asked for"
 
 
 def materialize(hidden: Tensor, head: Tensor, out_features: int, in_features: int, head_bias: Tensor | None) -> Tensor:

@@ -150,7 +150,7 @@ class _Run:
         if slot in ("x", "y"):
             return to_chunks(factor, self.grid.cols if slot == "x" else self.grid.rows)[(..., *tail)]
         if self.activation:
-            return self.activation.value(self._pre(factor, tail))
+            return self.activation.apply_(self._pre(factor, tail))
         return factor[(slice(None), *tail)]
 
     def _pre(self, context: Tensor, tail: tuple[slice, ...]) -> Tensor:

@@ -1,0 +1,120 @@
+"""`explain`: what a call will run, what else was weighed, and why it was left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hyperkernels.backends import BACKENDS, choose_backend
+from hyperkernels.functional import canonical_form, hyper_linear
+from hyperkernels.planner import OUTPUT, Call, Cost, Plan, plan_contraction
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plans of a call: `forward` for y, `backward` for the three gradients; `str()` is the printed account."""
+
+    call: Call
+    backend: str
+    ruled_out: dict[str, str]
+    forward: Plan
+    backward: Plan
+    forced_order: str | None
+
+    def __str__(self) -> str:
+        call, grid = self.call, self.call.grid
+        tokens = call.entries * call.tokens
+        dense = 2 * tokens * grid.out_features * grid.in_features
+        lines = [
+            f"hyper_linear: {tokens} x {grid.in_features} -> {tokens} x {grid.out_features}, {call.contexts} "
+            f"context{'s' * (call.contexts != 1)}, {grid.I}x{grid.J} chunks of {grid.rows}x{grid.cols}, "
+            f"m = {call.width}, {str(call.dtype).removeprefix('torch.')} on {call.device}",
+            f"weights never formed: {_si(call.contexts * grid.out_features * grid.in_features)}; "
+            f"rank at most {grid.rank_bound(call.width)}",
+            f"backend {self.backend}: {BACKENDS[self.backend].supports(call, self.forced_order)[1]}",
+            *(f"  not {name}: {reason}" for name, reason in self.ruled_out.items()),
+        ]
+        if self.backend == "reference":
+            return "\n".join(lines)
+        lines.append(f"{'output':8} {'order':13} {'FLOPs':>8} {'bytes':>8} {'workspace':>10} {'estimate':>11}  why")
+        for plan in (self.forward, self.backward):
+            for slot in plan.wanted:
+                lines += self._rows(plan, slot)
+        lines.append(
+            f"y: {self.forward.flops / max(dense, 1):.2f} of a dense layer's FLOPs; gradients, sharing "
+            f"intermediates: {self.backward.flops / max(2 * dense, 1):.2f}"
+        )
+        return "\n".join(lines)
+
+    def _rows(self, plan: Plan, slot: str) -> list[str]:
+        order = plan.order_of(slot)
+        step = next(step for step in plan.steps if slot in step.outputs)
+        picked = next(cost for cost in plan.candidates[slot] if cost.order == order)
+        rows = []
+        for cost in sorted(plan.candidates[slot], key=lambda cost: cost is not picked):
+            if cost is picked:
+                sharers = [OUTPUT[other] for other in step.outputs if other != slot]
+                pair = " and ".join("dy" if name == "y" else name for name in step.forms)
+                why = f"picked: forms [{','.join(plan.call.intermediate(order))}] from {pair}"
+                why += f", shared with {', '.join(sharers)}" * bool(sharers)
+            elif self.forced_order:
+                why = f"order={self.forced_order!r} was asked for"
+            else:
+                why = _comparison(cost, picked)
+            rows.append(
+                f"{OUTPUT[slot] if cost is picked else '':8} {cost.order:13} {_si(cost.flops):>8} "
+                f"{_si(cost.bytes_moved):>8} {cost.workspace_bytes / 2**20:>6.1f} MiB {cost.time_us:>8.0f} us  {why}"
+            )
+        return rows
+
+
+def _comparison(cost: Cost, picked: Cost) -> str:
+    ratio = cost.time_us / max(picked.time_us, 1e-9)
+    if ratio < 1:
+        return f"alone {1 / ratio:.1f} times faster, but it would share nothing"
+    return f"left: {ratio:.1f} times slower"
+
+
+def _si(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}P"
+
+
+def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Explanation:
+    """Print, and return, the plan of a call: the order of y and of each gradient, its cost, and what was ruled out.
+
+    Args:
+        target: a `HyperLinear`, or `hyper_linear` itself.
+        *args, **kwargs: what you would call it with. Nothing is computed but the trunk of a layer.
+
+    Raises:
+        TypeError: target is neither; and whatever the call itself would raise.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> plan = hk.explain(hk.HyperLinear(64, 64, width=4), torch.randn(8, 64))  # doctest: +ELLIPSIS
+        hyper_linear: 8 x 64 -> 8 x 64, 1 context, ...
+        >>> plan.forward.order_of("y")
+        'head_first'
+    """
+    if isinstance(target, nn.Module) and hasattr(target, "arguments"):
+        kwargs = target.arguments(*args, **kwargs)  # type: ignore[operator]
+    elif target is hyper_linear:
+        kwargs = dict(zip(("x", "hidden", "head"), args)) | kwargs
+    else:
+        raise TypeError(f"target: got {type(target).__name__}, wanted a hyper layer or hyper_linear")
+    order = kwargs.get("order")
+    form = canonical_form(
+        kwargs["x"], kwargs["hidden"], kwargs["head"], kwargs.get("out_features"), kwargs.get("context_ids")
+    )
+    backend, ruled_out = choose_backend(form.call, order, kwargs.get("backend"))
+    forward = plan_contraction(form.call, ("y",), order)
+    backward = plan_contraction(form.call, ("hidden", "head", "x"), order)
+    explanation = Explanation(form.call, backend, ruled_out, forward, backward, order)
+    print(explanation)
+    return explanation

@@ -1,0 +1,62 @@
+"""The ambient context: what every hyper layer inside a model is conditioned on, given once around the call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import local
+
+from torch import Tensor
+
+
+class _Ambient(local):  # Dynamo traces a thread-local's attributes; it cannot trace a ContextVar
+    z: Tensor | None = None
+    context_ids: Tensor | None = None
+
+
+_ambient = _Ambient()
+
+
+@contextmanager
+def context(z: Tensor, context_ids: Tensor | None = None) -> Iterator[None]:
+    """Condition every hyper layer called inside on `z`, unless the layer is called with a context of its own.
+
+    Args:
+        z: `[G, context_features]`, or `[context_features]` for one context.
+        context_ids: as for `hyper_linear`: which context each leading entry of a layer's input uses.
+
+    Nests (the inner one counts), and belongs to the thread that entered it. Static layers ignore it.
+
+    Raises:
+        TypeError: z is no floating tensor.
+        ValueError: z has more than two dimensions.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> model = torch.nn.Sequential(hk.HyperLinear(6, 4, context_features=3), torch.nn.ReLU())
+        >>> with hk.context(torch.randn(5, 3)):
+        ...     model(torch.randn(5, 6)).shape
+        torch.Size([5, 4])
+    """
+    outer = current_context()
+    _ambient.z, _ambient.context_ids = check_context(z, "z"), context_ids
+    try:
+        yield
+    finally:
+        _ambient.z, _ambient.context_ids = outer
+
+
+def current_context() -> tuple[Tensor | None, Tensor | None]:
+    """The innermost `(z, context_ids)`, or `(None, None)`."""
+    return _ambient.z, _ambient.context_ids
+
+
+def check_context(z: Tensor, name: str, features: int | None = None) -> Tensor:
+    """z as `[G, context_features]`."""
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        got = z.dtype if isinstance(z, Tensor) else type(z).__name__
+        raise TypeError(f"{name}: got {got}, wanted a floating tensor [G, context_features]")
+    if z.dim() not in (1, 2) or (features is not None and z.shape[-1] != features):
+        wanted = "context_features" if features is None else features
+        raise ValueError(f"{name}: got shape {list(z.shape)}, wanted [G, {wanted}] or [{wanted}]")
+    return z[None] if z.dim() == 1 else z
