@@ -7,14 +7,15 @@ from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn import HyperLinear, context
 from hyperkernels.planner import set_workspace_mib
 from hyperkernels.swap import HyperConfig, SwapReport, hyperize_, merge_
+from hyperkernels.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "AdditiveHidden",
     "Explanation",
     "HyperConfig",
     "HyperLinear",
     "SwapReport",
+    "__version__",
     "context",
     "explain",
     "generate_weight",

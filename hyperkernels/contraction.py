@@ -172,9 +172,7 @@ class Partials(torch.autograd.Function):
     @staticmethod
     def forward(wanted, settings, context_ids, y, hidden, chunks, head, x):  # by name: Dynamo counts them
         s, factors = settings, (y, hidden, chunks, head, x)
-        return tuple(
-            _op(wanted.split(","), list(s.sizes), s.activation, s.order, s.backend, context_ids, *factors)
-        )
+        return tuple(_op(wanted.split(","), list(s.sizes), s.activation, s.order, s.backend, context_ids, *factors))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -241,9 +239,7 @@ class PartialsForwardMode(Partials):
         names = result_names(wanted, settings.activation)
         shapes = result_shapes(wanted, settings.sizes, settings.activation)
         like = next(v for v in tangents if v is not None)
-        return tuple(
-            results[name] if name in results else like.new_zeros(shape) for name, shape in zip(names, shapes)
-        )
+        return tuple(results[name] if name in results else like.new_zeros(shape) for name, shape in zip(names, shapes))
 
 
 def _read_in_backward(wanted, needs_grad, factors) -> Factors:

@@ -202,7 +202,9 @@ def _grid(
         raise ValueError(f"{what}, wanted {(J - 1) * cols + 1} to {J * cols}: hidden has {J} chunks of {cols} columns")
     N = I * rows if out_features is None else out_features
     if ceil_div(N, rows) != I:
-        raise ValueError(f"{source}: got {N}, wanted {(I - 1) * rows + 1} to {I * rows}: hidden has {I} chunks of {rows} rows")
+        raise ValueError(
+            f"{source}: got {N}, wanted {(I - 1) * rows + 1} to {I * rows}: hidden has {I} chunks of {rows} rows"
+        )
     return Grid(N, K, rows, cols), (G, I, J, m)
 
 
@@ -269,9 +271,7 @@ def _autocast(x, hidden, head, bias, head_bias):
     return tuple(cast(value) for value in (x, hidden, head, bias, head_bias))
 
 
-def _materialize(
-    hidden: Tensor | AdditiveHidden, head: Tensor, grid: Grid, head_bias: Tensor | None
-) -> Tensor:
+def _materialize(hidden: Tensor | AdditiveHidden, head: Tensor, grid: Grid, head_bias: Tensor | None) -> Tensor:
     dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
     if dense.dim() == 3:
         dense = dense[None]

@@ -1,0 +1,45 @@
+# make demo | test | lint | bench | gpu. Each makes .venv first if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench readme gpu clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed  ## train the demo: a table, and a picture in out/
+	$(BIN)/python python/demos/vit_rotations.py
+
+test: $(VENV)/installed  ## all tests and docstring examples
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed  ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed  ## measure on this machine's CPU: benchmarks/results/cpu.json, and its plot
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json
+
+readme: $(VENV)/installed  ## write the saved results into the README's table
+	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json --readme README.md
+
+gpu:  ## on a CUDA device, with the machine's own python3 and torch: tests, then benchmarks
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --output $${OUT:-benchmarks/results}
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info

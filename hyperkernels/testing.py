@@ -1,0 +1,70 @@
+"""How a result is judged: error against the fp64 reference, held to eager's own error, and peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+# What a result may be off by beside twice eager's error, relative to the RMS of the exact one: where eager happens to
+# be exact (one product, a chunk of one), another order of summation still rounds. A few units of the last place.
+FLOOR = {
+    torch.float64: 1e-14,  # the reference's own rounding
+    torch.float32: 1e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+
+
+class Error(NamedTuple):
+    """Largest and RMS deviation from the exact result, relative to the RMS of the exact result."""
+
+    max: float
+    rms: float
+
+
+def error(value: Tensor, exact: Tensor) -> Error:
+    """The error of `value` against `exact` (fp64). NaN counts as infinite."""
+    assert value.shape == exact.shape, f"got shape {list(value.shape)}, wanted {list(exact.shape)}"
+    if exact.numel() == 0:
+        return Error(0.0, 0.0)
+    off = torch.nan_to_num((value.detach().double() - exact).abs(), nan=float("inf"))
+    scale = exact.square().mean().sqrt().clamp_min(1e-30)
+    return Error(float(off.max() / scale), float(off.square().mean().sqrt() / scale))
+
+
+def assert_no_worse_than_eager(name: str, value: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Max and RMS error of `value` are at most twice those of `eager`, which has the same dtype, plus the floor."""
+    assert value.dtype == eager.dtype, f"{name}: got {value.dtype}, wanted {eager.dtype}"
+    floor = FLOOR[value.dtype]
+    got, allowed = error(value, exact), error(eager, exact)
+    for kind in ("max", "rms"):
+        mine, eagers = getattr(got, kind), getattr(allowed, kind)
+        assert mine <= 2 * eagers + floor, f"{name}: {kind} error {mine:.2e}, eager's {eagers:.2e}, floor {floor:.0e}"
+
+
+def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
+    """The most that tensors held at once during `call`, beyond what was held before it.
+
+    On the CPU by the allocator's own record of every allocation (a matrix library's private buffers are not in it);
+    on a CUDA device by `torch.cuda.max_memory_allocated`.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    assert record.profiler is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

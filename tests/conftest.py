@@ -1,0 +1,95 @@
+"""Problems for the tests: every context form, grid and head, with inputs that need gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hyperkernels as hk
+from hyperkernels.chunking import Grid
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+CONTEXTS = ("shared", "per_entry", "ids", "additive", "additive_per_entry", "additive_ids")
+
+
+@dataclass
+class Problem:
+    """Arguments of `hyper_linear`: `tensors` are those it is differentiable in, in the order `call` takes them."""
+
+    tensors: tuple[Tensor, ...]
+    call: Callable[..., Tensor]
+    grid: Grid
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        hidden = ("hidden",) if len(self.tensors) == 3 else ("context", "chunks")
+        return tuple(f"d{name}" for name in ("x", *hidden, "head"))
+
+    def to(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(v.detach().to(dtype).requires_grad_() for v in self.tensors)
+
+
+def make_problem(
+    contexts: str = "shared",
+    grid: Grid = Grid(10, 7, 4, 3),
+    width: int = 2,
+    *,
+    tokens: int = 3,
+    per_chunk_heads: bool = False,
+    head_bias: bool = False,
+    activation: str = "tanh",
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    integers: bool = False,
+    seed: int = 0,
+) -> Problem:
+    """A random call. Inputs depend on the seed alone, not on dtype or device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        if integers:
+            values = torch.randint(-2, 3, shape, generator=generator)
+        else:
+            values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.to(device, dtype).requires_grad_()
+
+    G = 1 if contexts in ("shared", "additive") else 3
+    ids = torch.tensor([2, 0, 2, 2, 0], device=device) if contexts.endswith("ids") else None
+    lead = (tokens,) if G == 1 else ((5 if ids is not None else G), tokens)
+    x = draw(*lead, grid.in_features)
+    heads = (grid.I * grid.J,) if per_chunk_heads else ()
+    head = draw(*heads, width, grid.rows, grid.cols)
+    extra = (draw(*heads, grid.rows, grid.cols),) if head_bias else ()
+    chunks = draw(grid.I, grid.J, width)
+    common: dict[str, Any] = {"out_features": grid.out_features, "context_ids": ids}
+
+    if contexts.startswith("additive"):
+        context = draw(G, width)
+
+        def call(x, context, chunks, head, head_bias=None, **keywords):
+            hidden = hk.AdditiveHidden(context, chunks, activation)
+            return hk.hyper_linear(x, hidden, head, head_bias=head_bias, **common, **keywords)
+
+        return Problem((x, context, chunks, head, *extra), call, grid)
+
+    hidden = chunks if G == 1 else draw(G, grid.I, grid.J, width)
+
+    def call(x, hidden, head, head_bias=None, **keywords):
+        return hk.hyper_linear(x, hidden, head, head_bias=head_bias, **common, **keywords)
+
+    return Problem((x, hidden, head, *extra), call, grid)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param

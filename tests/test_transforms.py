@@ -1,0 +1,158 @@
+"""`torch.func`, `torch.compile` and `torch.export`: right values or an error, never silent zeros."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CONTEXTS, make_problem
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import hyperkernels as hk
+from hyperkernels.chunking import Grid
+from hyperkernels.contraction import FACTORS
+from hyperkernels.planner import ORDERS
+
+
+def assert_same(got, wanted):
+    for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def scalar(problem, **keywords):
+    return lambda *tensors: problem.call(*tensors, **keywords).sin().sum()
+
+
+def cases(contexts=CONTEXTS):
+    return pytest.mark.parametrize("contexts", contexts)
+
+
+@cases()
+@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, lambda f, n: jacrev(grad(f, n), n)])
+def test_first_and_second_derivatives(transform, contexts):
+    problem = make_problem(contexts, Grid(5, 4, 3, 3), tokens=2)
+    tensors = tuple(v.detach() for v in problem.tensors)
+    numbers = tuple(range(len(tensors)))
+    got = transform(scalar(problem), numbers)(*tensors)
+    assert_same(got, transform(scalar(problem, backend="reference"), numbers)(*tensors))
+
+
+@cases(("shared", "per_entry", "ids"))
+def test_forward_over_reverse(contexts):
+    problem = make_problem(contexts, Grid(5, 4, 3, 3), tokens=2)
+    tensors = tuple(v.detach() for v in problem.tensors)
+    got = hessian(scalar(problem), (0, 1, 2))(*tensors)
+    assert_same(got, hessian(scalar(problem, backend="reference"), (0, 1, 2))(*tensors))
+
+
+def test_forward_over_reverse_of_additive_hidden_raises():
+    problem = make_problem("additive", Grid(5, 4, 3, 3), tokens=2)
+    with pytest.raises(NotImplementedError, match="materialize"):
+        hessian(scalar(problem), (0, 1, 2, 3))(*(v.detach() for v in problem.tensors))
+
+
+@cases()
+def test_jvp(contexts):
+    problem = make_problem(contexts)
+    tensors = tuple(v.detach() for v in problem.tensors)
+    tangents = tuple(torch.randn_like(v) for v in tensors)
+    got = jvp(problem.call, tensors, tangents)
+    reference = jvp(lambda *v: problem.call(*v, backend="reference"), tensors, tangents)
+    assert_same(got, reference)
+    assert got[1].any()
+
+
+@cases()
+def test_vmap_over_each_argument_and_its_gradients(contexts):
+    problem = make_problem(contexts, Grid(5, 4, 3, 3), tokens=2)
+    tensors = tuple(v.detach() for v in problem.tensors)
+    numbers = tuple(range(len(tensors)))
+    for mapped in (*((n,) for n in numbers), numbers, (0, 1)):
+        dims = tuple(0 if n in mapped else None for n in numbers)
+        stacked = tuple(torch.stack([v, -2 * v, v + 1]) if n in mapped else v for n, v in enumerate(tensors))
+        reference = scalar(problem, backend="reference")
+        assert_same(
+            vmap(problem.call, dims)(*stacked), vmap(lambda *v: problem.call(*v, backend="reference"), dims)(*stacked)
+        )
+        assert_same(
+            vmap(grad(scalar(problem), numbers), dims)(*stacked), vmap(grad(reference, numbers), dims)(*stacked)
+        )
+
+
+@cases()
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_without_graph_break(contexts, dynamic):
+    torch._dynamo.reset()
+    problem = make_problem(contexts)
+    compiled = torch.compile(problem.call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    y = compiled(*problem.tensors)
+    wanted = problem.call(*problem.tensors)
+    assert_same(y, wanted)
+    assert_same(
+        torch.autograd.grad(y.sin().sum(), problem.tensors), torch.autograd.grad(wanted.sin().sum(), problem.tensors)
+    )
+
+
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    layer = hk.HyperLinear(20, 10, context_features=3, width=4, bias="generated")
+    x, z = torch.randn(5, 2, 20), torch.randn(5, 3)
+    compiled = torch.compile(layer, fullgraph=True)
+    with hk.context(z):
+        y, wanted = compiled(x), layer(x)
+    torch.testing.assert_close(y, wanted)
+    assert_same(
+        torch.autograd.grad(y.sum(), list(layer.parameters())),
+        torch.autograd.grad(wanted.sum(), list(layer.parameters())),
+    )
+
+
+def test_the_ambient_context_can_be_entered_inside_a_graph():
+    torch._dynamo.reset()
+    layer = hk.HyperLinear(20, 10, context_features=3, width=4)
+
+    def run(x, z):
+        with hk.context(z):
+            return layer(x)
+
+    x, z = torch.randn(5, 20), torch.randn(5, 3)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x, z), run(x, z))
+
+
+def test_export_with_a_dynamic_batch():
+    layer = hk.HyperLinear(20, 10, width=4)
+    program = torch.export.export(layer, (torch.randn(4, 20),), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    x = torch.randn(9, 20)
+    torch.testing.assert_close(program.module()(x), layer(x))
+    assert "hyperkernels.contract" in str(program.graph)
+
+
+@pytest.mark.parametrize("wanted", [["y"], ["hidden", "head", "x"], ["x"], ["head"]], ids="-".join)
+@pytest.mark.parametrize("activation", ["", "gelu"], ids=["dense", "additive"])
+def test_opcheck(wanted, activation):
+    N, K, rows, cols, m, G, T = 10, 7, 4, 3, 2, 3, 2
+    given = {
+        "y": torch.randn(G, T, N),
+        "hidden": torch.randn(G, m) if activation else torch.randn(G, 3, 3, m),
+        "chunks": torch.randn(3, 3, m) if activation else None,
+        "head": torch.randn(m, rows, cols),
+        "x": torch.randn(G, T, K),
+    }
+    factors = [given[name] for name in FACTORS]
+    arguments = (wanted, [N, K, rows, cols, m, G, G, T, 0], activation, "", "", None, *factors)
+    torch.library.opcheck(torch.ops.hyperkernels.contract.default, arguments)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_flops_are_counted_for_the_order_that_runs(order):
+    x, hidden, head = torch.randn(64, 96), torch.randn(8, 6, 4), torch.randn(4, 8, 16)
+    with FlopCounterMode(display=False) as counter:
+        hk.hyper_linear(x, hidden, head, order=order)
+    B, N, K, I, J, m, rows, cols = 64, 64, 96, 8, 6, 4, 8, 16
+    by_hand = {
+        "generate": 2 * N * K * m + 2 * B * N * K,
+        "head_first": 2 * B * K * m * rows + 2 * B * N * J * m,
+        "hidden_first": 2 * B * K * I * m + 2 * B * N * m * cols,
+    }
+    assert counter.get_total_flops() == by_hand[order]
