@@ -10,12 +10,14 @@ The arithmetic is the opaque operator `hyperkernels::contract`, which plans and 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from hyperkernels.backends import BACKENDS, choose_backend
 from hyperkernels.chunking import Grid
@@ -74,6 +76,8 @@ def check_context_ids(context_ids: Tensor, contexts: int) -> None:
 
 def _contract(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:
     like = next(factor for factor in factors if factor is not None)
+    if "torch.utils.flop_counter" in sys.modules:
+        _register_flops()
     if context_ids is not None:
         check_context_ids(context_ids, sizes[5])
     call = call_of(sizes, activation, context_ids is not None, like)
@@ -135,11 +139,16 @@ torch.library.register_fake("hyperkernels::contract", _contract_fake, lib=librar
 torch.library.register_vmap("hyperkernels::contract", _contract_vmap, lib=library)
 
 
-@register_flop_formula(torch.ops.hyperkernels.contract, get_raw=True)
-def _contract_flops(wanted, sizes, activation, order, backend, context_ids, *factors, out_val=None, **_) -> int:
-    like = next(factor for factor in factors if factor is not None)
-    call = call_of(sizes, activation, context_ids is not None, like)
-    return plan_contraction(call, tuple(wanted), order or None).flops
+@cache
+def _register_flops() -> None:
+    """Teach `FlopCounterMode` the operator, once somebody has imported it: it would import triton."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(torch.ops.hyperkernels.contract, get_raw=True)
+    def flops(wanted, sizes, activation, order, backend, context_ids, *factors, out_val=None, **_) -> int:
+        like = next(factor for factor in factors if factor is not None)
+        call = call_of(sizes, activation, context_ids is not None, like)
+        return plan_contraction(call, tuple(wanted), order or None).flops
 
 
 @dataclass(frozen=True)
@@ -263,10 +272,10 @@ def _additive_second_order(wanted, settings, context_ids, factors, needs, cotang
     """The pullback of dcontext and dchunks: phi is not linear in those, so hidden is formed and torch's own
     derivatives of the activation are used."""
     activation = ACTIVATIONS[settings.activation]
-    active = [name for name in FACTORS if needs[name]]
+    active: list[str] = [name for name in FACTORS if needs[name]]
 
     def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-        full = dict(zip(FACTORS, factors)) | dict(zip(active, values))
+        full: dict[str, Any] = dict(zip(FACTORS, factors)) | dict(zip(active, values))
         pre = additive_pre(full["hidden"], full["chunks"])
         full |= {"hidden": activation.apply_(pre.clone()), "chunks": None}
         dense = replace(settings, activation="")
@@ -276,6 +285,6 @@ def _additive_second_order(wanted, settings, context_ids, factors, needs, cotang
             found |= {"hidden": dpre.sum((1, 2)), "chunks": dpre.sum(0)}
         return tuple(found[name] for name in cotangents)
 
-    values = dict(zip(FACTORS, factors))
-    _, pullback = torch.func.vjp(gradients, *(values[name] for name in active))
+    values: dict[str, Any] = dict(zip(FACTORS, factors))
+    pullback = torch.func.vjp(gradients, *(values[name] for name in active))[1]
     return dict(zip(active, pullback(tuple(cotangents.values()))))

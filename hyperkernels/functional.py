@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from hyperkernels.backends import choose_backend, reference
 from hyperkernels.chunking import Grid, ceil_div, to_chunks
 from hyperkernels.contraction import Settings, check_context_ids, partials, sizes_of
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.planner import Call, check_order
+from hyperkernels.planner import Call
 
 
 def hyper_linear(
@@ -71,9 +71,8 @@ def hyper_linear(
     """
     x, hidden, head, bias, head_bias = _autocast(x, hidden, head, bias, head_bias)
     form = canonical_form(x, hidden, head, out_features, context_ids)
-    _check_bias(bias, form, x)
-    _check_head_bias(head_bias, form, x)
-    check_order(order)
+    _check_like("bias", bias, x, (form.call.grid.out_features,), (form.call.contexts, form.call.grid.out_features))
+    _check_head_bias(head_bias, form.call.grid, x)
     call = form.call
     if choose_backend(call, order, backend)[0] == "reference":
         weight = _materialize(hidden, head, call.grid, head_bias)
@@ -126,6 +125,7 @@ def generate_weight(
     if len(shape) != 2:
         raise ValueError(f"shape: got {tuple(shape)}, wanted (N, K)")
     grid, _ = _grid(hidden, head, int(shape[0]), int(shape[1]), "shape")
+    _check_head_bias(head_bias, grid, head)
     weight = _materialize(hidden, head, grid, head_bias)
     return weight[0] if isinstance(hidden, Tensor) and hidden.dim() == 3 else weight
 
@@ -233,42 +233,37 @@ def _check_ids(context_ids: Tensor, x: Tensor) -> None:
         raise ValueError(f"context_ids: on {context_ids.device}, wanted x's device {x.device}")
 
 
-def _check_bias(bias: Tensor | None, form: Form, x: Tensor) -> None:
-    if bias is not None:
-        N, G = form.call.grid.out_features, form.call.contexts
-        _check_like("bias", bias, x, ((N,), (G, N)))
+def _check_head_bias(head_bias: Tensor | None, grid: Grid, like: Tensor) -> None:
+    chunk = (grid.rows, grid.cols)
+    _check_like("head_bias", head_bias, like, chunk, (grid.I * grid.J, *chunk))
 
 
-def _check_head_bias(head_bias: Tensor | None, form: Form, x: Tensor) -> None:
-    if head_bias is not None:
-        grid = form.call.grid
-        _check_like("head_bias", head_bias, x, ((grid.rows, grid.cols), (grid.I * grid.J, grid.rows, grid.cols)))
-
-
-def _check_like(name: str, value: Tensor, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+def _check_like(name: str, value: Tensor | None, like: Tensor, *shapes: tuple[int, ...]) -> None:
+    if value is None:
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor")
     if tuple(value.shape) not in shapes:
         raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {' or '.join(str(list(s)) for s in shapes)}")
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name}: got {value.dtype}, wanted x's dtype {x.dtype}")
-    if value.device != x.device:
-        raise ValueError(f"{name}: on {value.device}, wanted x's device {x.device}")
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name}: got {value.dtype}, wanted x's dtype {like.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: on {value.device}, wanted x's device {like.device}")
 
 
-def _autocast(x, hidden, head, bias, head_bias):
+def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """Under autocast every floating argument takes autocast's dtype, as `F.linear`'s do (fp64 stays)."""
     kind = x.device.type if isinstance(x, Tensor) else "cpu"
     if not torch.is_autocast_enabled(kind):
-        return x, hidden, head, bias, head_bias
+        return x, *others
     dtype = torch.get_autocast_dtype(kind)
     kept = (torch.float64, dtype)
 
-    def cast(value):
+    def cast(value: Any) -> Any:
         floating = isinstance(value, AdditiveHidden) or (isinstance(value, Tensor) and value.is_floating_point())
         return value.to(dtype) if floating and value.dtype not in kept else value
 
-    return tuple(cast(value) for value in (x, hidden, head, bias, head_bias))
+    return tuple(cast(value) for value in (x, *others))
 
 
 def _materialize(hidden: Tensor | AdditiveHidden, head: Tensor, grid: Grid, head_bias: Tensor | None) -> Tensor:

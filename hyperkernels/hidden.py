@@ -1,4 +1,4 @@
-"""`AdditiveHidden`: the hidden layer of every (context, chunk) pair, kept as one summand per context and one per chunk."""
+"""`AdditiveHidden`: the hidden layer of every context and chunk, kept as a summand per context and one per chunk."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Call(NamedTuple):
         contexts = min(self.contexts, max(self.entries, 1))
         tokens = ceil(self.entries * self.tokens / max(contexts, 1))
         grid = self.grid
-        return dict(g=contexts, t=tokens, i=grid.I, j=grid.J, k=self.width, r=grid.rows, q=grid.cols)
+        return {"g": contexts, "t": tokens, "i": grid.I, "j": grid.J, "k": self.width, "r": grid.rows, "q": grid.cols}
 
 
 class Machine(NamedTuple):
@@ -114,6 +114,7 @@ def set_workspace_mib(mib: int) -> None:
         raise ValueError(f"mib: got {mib!r}, wanted a positive integer")
     _workspace_bytes = mib << 20
     plan_contraction.cache_clear()
+    _step.cache_clear()
 
 
 class Step(NamedTuple):
@@ -210,7 +211,7 @@ def _step(call: Call, order: str, forms: tuple[str, str], outputs: tuple[str, ..
         tuple((label, size) for label, size in blocks.items() if size < sizes[label]),
         flops(forms) + len(outputs) * flops(consumers),
         call.dtype.itemsize * touched,
-        block_bytes(call, order, blocks),
+        formed_bytes(call, order, blocks) + passing_bytes(call, blocks),
     )
 
 
@@ -233,33 +234,40 @@ def _alone(call: Call, slot: str, order: str) -> Cost:
     return Cost(order, step.flops, step.bytes_moved, step.workspace_bytes, _time_us(call, step))
 
 
-def block_bytes(call: Call, order: str, blocks: dict[str, int]) -> int:
-    """Workspace of one block: the intermediate twice (formed, and in the next product's layout), and those
-    operands that are formed, gathered or padded for the block rather than viewed in place."""
-    labels = call.labels
+def _bytes(call: Call, blocks: dict[str, int], labels: str) -> int:
+    return prod(blocks[label] for label in labels) * call.dtype.itemsize
 
-    def numbers(names: str) -> int:
-        return prod(blocks[label] for label in names)
 
-    total = 2 * numbers(call.intermediate(order))
+def formed_bytes(call: Call, order: str, blocks: dict[str, int]) -> int:
+    """What a block forms: the intermediate twice (as it comes, and in the next product's layout), and those operands
+    that are formed or gathered for the block rather than viewed in place."""
+    total = 2 * _bytes(call, blocks, call.intermediate(order))
     if call.activation or call.mapped:
-        total += 3 * numbers(labels["hidden"])
+        total += 3 * _bytes(call, blocks, call.labels["hidden"])
     if call.per_chunk_heads:
-        total += 2 * numbers(labels["head"])
-    if call.grid.cropped or call.mapped:
-        total += max(numbers(labels["x"]), numbers(labels["y"]))
-    return total * call.dtype.itemsize
+        total += 2 * _bytes(call, blocks, call.labels["head"])
+    return total
 
 
-SPLIT = {"generate": "gijt", "head_first": "gtr", "hidden_first": "gtq"}
+def passing_bytes(call: Call, blocks: dict[str, int]) -> int:
+    """A block's rows of x and y, which cropping pads, products rearrange and results come in."""
+    return sum(_bytes(call, blocks, call.labels[slot]) for slot in ("x", "y"))
+
+
+SPLIT = {"generate": "gij", "head_first": "gtr", "hidden_first": "gtq"}
 
 
 def block_sizes(call: Call, order: str) -> dict[str, int]:
-    """Halve the labels of `SPLIT` in turn until a block fits the cache level it is meant for, or the workspace."""
+    """Halve the labels in turn until x and y pass through half the workspace, and what a block forms fits the cache
+    level that it is meant for, or the other half."""
     blocks = dict(call.sizes)
-    limit = min(_workspace_bytes, MACHINES.get(call.device, MACHINES["cpu"]).block_bytes)
+    half = _workspace_bytes // 2
+    for label in "gt":
+        while blocks[label] > 1 and passing_bytes(call, blocks) > half:
+            blocks[label] = ceil(blocks[label] / 2)
+    limit = min(half, MACHINES.get(call.device, MACHINES["cpu"]).block_bytes)
     for label in ("ij" if call.per_chunk_heads else "") + SPLIT[order]:
-        while blocks[label] > 1 and block_bytes(call, order, blocks) > limit:
+        while blocks[label] > 1 and formed_bytes(call, order, blocks) > limit:
             blocks[label] = ceil(blocks[label] / 2)
     return blocks
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-# What a result may be off by beside twice eager's error, relative to the RMS of the exact one: where eager happens to
-# be exact (one product, a chunk of one), another order of summation still rounds. A few units of the last place.
+# What a result may be off by beside twice eager's error: where eager happens to be exact (one product, a chunk of
+# one), another order of summation still rounds. A few units of the last place.
 FLOOR = {
     torch.float64: 1e-14,  # the reference's own rounding
     torch.float32: 1e-6,
@@ -20,7 +20,7 @@ FLOOR = {
 
 
 class Error(NamedTuple):
-    """Largest and RMS deviation from the exact result, relative to the RMS of the exact result."""
+    """The largest deviation relative to the largest exact value, and the RMS deviation relative to the exact RMS."""
 
     max: float
     rms: float
@@ -32,8 +32,11 @@ def error(value: Tensor, exact: Tensor) -> Error:
     if exact.numel() == 0:
         return Error(0.0, 0.0)
     off = torch.nan_to_num((value.detach().double() - exact).abs(), nan=float("inf"))
-    scale = exact.square().mean().sqrt().clamp_min(1e-30)
-    return Error(float(off.max() / scale), float(off.square().mean().sqrt() / scale))
+    tiny = 1e-30
+    return Error(
+        float(off.max() / exact.abs().max().clamp_min(tiny)),
+        float(off.square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(tiny)),
+    )
 
 
 def assert_no_worse_than_eager(name: str, value: Tensor, eager: Tensor, exact: Tensor) -> None:
@@ -61,8 +64,8 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
-    assert record.profiler is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    profiler: Any = record.profiler
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()

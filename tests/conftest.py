@@ -14,6 +14,7 @@ import hyperkernels as hk
 from hyperkernels.chunking import Grid
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+SMALL = Grid(10, 7, 4, 3)
 CONTEXTS = ("shared", "per_entry", "ids", "additive", "additive_per_entry", "additive_ids")
 
 
@@ -36,7 +37,7 @@ class Problem:
 
 def make_problem(
     contexts: str = "shared",
-    grid: Grid = Grid(10, 7, 4, 3),
+    grid: Grid = SMALL,
     width: int = 2,
     *,
     tokens: int = 3,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hyperkernels.backends import reference, torch_matmul
-from hyperkernels.planner import Call, Plan
+from hyperkernels.planner import Call, Plan, check_order
 
 Contract = Callable[[Call, Plan, dict[str, Tensor], Tensor | None, Tensor | None], Sequence[Tensor]]
 
@@ -33,8 +33,9 @@ def choose_backend(call: Call, order: str | None = None, backend: str | None = N
     that can.
 
     Raises:
-        ValueError: the forced backend is unknown, or cannot do the call.
+        ValueError: the forced order or backend is unknown, or the backend cannot do the call.
     """
+    check_order(order)
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(BACKENDS)}")
     names = PREFERENCE if backend is None else (backend,)

@@ -17,7 +17,7 @@ def supports(call: Call, order: str | None) -> tuple[bool, str]:
 
 def materialize(hidden: Tensor, head: Tensor, out_features: int, in_features: int, head_bias: Tensor | None) -> Tensor:
     """`W[g, i*rows+r, j*cols+q] = sum_k hidden[g,i,j,k] head[k,r,q] (+ head_bias[r,q])`, `[G, N, K]`."""
-    G, I, J, m = hidden.shape
+    I, J, m = hidden.shape[1:]
     rows, cols = head.shape[-2:]
     if head.dim() == 4:
         chunks = torch.einsum("gijk,ijkrq->gijrq", hidden, head.reshape(I, J, m, rows, cols))

@@ -61,7 +61,7 @@ def _groups(call: Call, context_ids: Tensor | None) -> Iterator[Group]:
             contexts = (counts == count).nonzero().squeeze(1)
             members = entries[starts[contexts, None] + torch.arange(count, device=entries.device)]
             rows = (members[..., None] * call.tokens + tokens).flatten(1)
-            yield Group(contexts, rows, call.sizes | dict(g=len(contexts), t=rows.shape[1]))
+            yield Group(contexts, rows, call.sizes | {"g": len(contexts), "t": rows.shape[1]})
 
 
 def _blocks(step: Step, sizes: dict[str, int]) -> Iterator[Block]:

@@ -82,7 +82,7 @@ class HyperLinear(nn.Module):
         self.order: str | None = None
         self.backend: str | None = None
         generated = bias == "generated"
-        factory = dict(device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._owns_hypernet = hypernet is None
         if hypernet is None:
             chunks = (self.grid.I, self.grid.J + generated)
@@ -143,16 +143,16 @@ class HyperLinear(nn.Module):
         """The arguments of `hyper_linear` that a call of the layer comes to."""
         hidden, ambient_ids = self.hidden(context)
         weight_hidden, bias = self._split_bias(hidden)
-        return dict(
-            x=x,
-            hidden=weight_hidden,
-            head=self.head,
-            out_features=self.out_features,
-            bias=bias,
-            context_ids=ambient_ids if context_ids is None else context_ids,
-            order=self.order,
-            backend=self.backend,
-        )
+        return {
+            "x": x,
+            "hidden": weight_hidden,
+            "head": self.head,
+            "out_features": self.out_features,
+            "bias": bias,
+            "context_ids": ambient_ids if context_ids is None else context_ids,
+            "order": self.order,
+            "backend": self.backend,
+        }
 
     def forward(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> Tensor:
         return hyper_linear(**self.arguments(x, context, context_ids))
@@ -182,9 +182,9 @@ class HyperLinear(nn.Module):
             raise ValueError(f"context: got {contexts} contexts, wanted one: an nn.Linear has one weight")
         weight_hidden, bias = self._split_bias(hidden)
         weight = generate_weight(weight_hidden, self.head, (self.out_features, self.in_features))
-        linear = nn.utils.skip_init(
-            nn.Linear, self.in_features, self.out_features, bias is not None, device=weight.device, dtype=weight.dtype
-        )
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype
+        ).to_empty(device=weight.device)
         linear.weight.copy_(weight.view(self.out_features, self.in_features))
         if bias is not None:
             linear.bias.copy_(bias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,7 @@ class Trunk(nn.Module):
         super().__init__()
         check_activation(activation)
         features = width if embedding_features is None else embedding_features
-        sizes = dict(width=width, embedding_features=features)
+        sizes = {"width": width, "embedding_features": features}
         if context_features is not None:
             sizes["context_features"] = context_features
         for name, size in sizes.items():
@@ -54,7 +56,7 @@ class Trunk(nn.Module):
                 raise ValueError(f"{name}: got {size!r}, wanted a positive integer")
         self.activation = activation
         self.context_features = context_features
-        factory = dict(device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = nn.Parameter(torch.empty(*chunks, features, **factory))
         self.chunk_layer = nn.Linear(features, width, **factory)
         self.context_layer = nn.Linear(context_features, width, bias=False, **factory) if context_features else None

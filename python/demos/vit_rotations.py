@@ -15,6 +15,7 @@ import argparse
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -50,7 +51,7 @@ class Digits:
 
     @classmethod
     def load(cls, generator: torch.Generator) -> Digits:
-        digits = load_digits()
+        digits: Any = load_digits()
         x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
         label = torch.tensor(digits.target)
         train, test = torch.randperm(len(x), generator=generator).split([1400, len(x) - 1400])
@@ -152,10 +153,11 @@ def build(seed: int, steps: int) -> list[Run]:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=512,
-        num_labels=10,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+
+    config.num_labels = 10
 
     def vit() -> ViTForImageClassification:
         torch.manual_seed(seed)

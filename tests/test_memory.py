@@ -1,0 +1,86 @@
+"""The claim: weights are never formed, so memory does not grow with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hyperkernels as hk
+from hyperkernels.planner import ORDERS
+from hyperkernels.testing import peak_bytes
+
+MIB = 2**20
+N = K = 2048  # 16 MiB a weight in fp32
+
+
+def arguments(device, contexts, additive, tokens):
+    hidden = torch.randn(contexts, 128, 8, 16, device=device)
+    head = torch.randn(16, 16, 256, device=device)
+    x = torch.randn(contexts, tokens, K, device=device)
+    leaves = [x, hidden, head]
+    if additive:
+        leaves[1:2] = [torch.randn(contexts, 16, device=device), hidden[0].clone()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    return leaves
+
+
+def run(leaves, order=None):
+    x, *hidden, head = leaves
+    hidden = hk.AdditiveHidden(*hidden, "tanh") if len(hidden) == 2 else hidden[0]
+    return hk.hyper_linear(x, hidden, head, order=order)
+
+
+def bytes_of(tensors):
+    return sum(v.numel() * v.element_size() for v in tensors)
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["hidden", "additive"])
+@pytest.mark.parametrize("order", [None, *ORDERS])
+def test_a_context_per_entry_forms_no_weight(order, additive, device):
+    """Forward and backward, 32 contexts: 512 MiB of weights, against gradients and a workspace."""
+    leaves = arguments(device, 32, additive, 2)
+    peak = peak_bytes(lambda: run(leaves, order).sum().backward(), device)
+    outputs = 3 * N * 32 * 2 * 4  # y, its expanded gradient and a product's output
+    # The grid of blocks keeps to the workspace; at most one product's operand copy comes on top of it.
+    assert peak <= bytes_of(leaves) + outputs + 64 * MIB
+    assert peak < 512 * MIB / 3
+
+
+def test_the_default_order_needs_less_than_one_weight(device):
+    leaves = arguments(device, 32, True, 2)
+    with torch.no_grad():
+        assert peak_bytes(lambda: run(leaves), device) < N * K * 4 / 2
+
+
+def test_the_workspace_is_bounded_by_its_setting(device):
+    leaves = arguments(device, 1, False, 4096)
+    y_bytes = 4096 * N * 4
+    with torch.no_grad():
+        for order in ORDERS:
+            peaks = {}
+            for mib in (64, 2):
+                hk.set_workspace_mib(mib)
+                try:
+                    peaks[mib] = peak_bytes(lambda order=order: run(leaves, order), device) - y_bytes
+                finally:
+                    hk.set_workspace_mib(64)
+                assert peaks[mib] <= 1.5 * mib * MIB
+            assert peaks[2] < peaks[64] or peaks[64] <= 2 * MIB
+
+
+def test_the_reference_does_form_them(device):
+    """The measurement can fail: the materialised call shows every weight."""
+    x, hidden, head = arguments(device, 4, False, 2)
+    with torch.no_grad():
+        assert peak_bytes(lambda: hk.hyper_linear(x, hidden, head, backend="reference"), device) >= 4 * N * K * 4
+
+
+def test_a_frozen_hypernetwork_saves_no_input(device):
+    """Only dx is wanted: backward keeps hidden and head, not x."""
+    x, hidden, head = arguments(device, 1, False, 256)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v.shape) or v, lambda v: v):
+        hk.hyper_linear(x, hidden.detach(), head.detach())
+    assert torch.Size([1, 256, K]) not in saved
+    assert saved

@@ -1,0 +1,32 @@
+"""What a user gets from `import hyperkernels`."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import hyperkernels as hk
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_import_is_quiet_and_brings_no_triton():
+    code = "import sys, hyperkernels; assert 'triton' not in sys.modules; assert 'matplotlib' not in sys.modules"
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_every_public_name_has_a_docstring_and_is_there():
+    for name in hk.__all__:
+        value = getattr(hk, name)
+        assert name == "__version__" or value.__doc__, name
+
+
+def test_no_module_outgrows_its_page():
+    """About 300 lines at most, one idea each."""
+    for path in (ROOT / "hyperkernels").rglob("*.py"):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 320, path
+        assert ast.get_docstring(ast.parse(source)), path
