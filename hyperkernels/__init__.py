@@ -2,12 +2,15 @@
 
 from hyperkernels import nn
 from hyperkernels.explaining import Explanation, explain
+from hyperkernels.flops import register_flops
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn import HyperLinear, context
 from hyperkernels.planner import set_workspace_mib
 from hyperkernels.swap import HyperConfig, SwapReport, hyperize_, merge_
 from hyperkernels.version import __version__
+
+register_flops()
 
 __all__ = [
     "AdditiveHidden",

@@ -10,10 +10,8 @@ The arithmetic is the opaque operator `hyperkernels::contract`, which plans and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -76,8 +74,6 @@ def check_context_ids(context_ids: Tensor, contexts: int) -> None:
 
 def _contract(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:
     like = next(factor for factor in factors if factor is not None)
-    if "torch.utils.flop_counter" in sys.modules:
-        _register_flops()
     if context_ids is not None:
         check_context_ids(context_ids, sizes[5])
     call = call_of(sizes, activation, context_ids is not None, like)
@@ -137,18 +133,6 @@ _op = torch.ops.hyperkernels.contract.default
 library.impl("contract", _contract, "CompositeExplicitAutograd")
 torch.library.register_fake("hyperkernels::contract", _contract_fake, lib=library)
 torch.library.register_vmap("hyperkernels::contract", _contract_vmap, lib=library)
-
-
-@cache
-def _register_flops() -> None:
-    """Teach `FlopCounterMode` the operator, once somebody has imported it: it would import triton."""
-    from torch.utils.flop_counter import register_flop_formula
-
-    @register_flop_formula(torch.ops.hyperkernels.contract, get_raw=True)
-    def flops(wanted, sizes, activation, order, backend, context_ids, *factors, out_val=None, **_) -> int:
-        like = next(factor for factor in factors if factor is not None)
-        call = call_of(sizes, activation, context_ids is not None, like)
-        return plan_contraction(call, tuple(wanted), order or None).flops
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def error(value: Tensor, exact: Tensor) -> Error:
     assert value.shape == exact.shape, f"got shape {list(value.shape)}, wanted {list(exact.shape)}"
     if exact.numel() == 0:
         return Error(0.0, 0.0)
-    off = torch.nan_to_num((value.detach().double() - exact).abs(), nan=float("inf"))
+    value, exact = value.detach(), exact.detach()
+    off = torch.nan_to_num((value.double() - exact).abs(), nan=float("inf"))
     tiny = 1e-30
     return Error(
         float(off.max() / exact.abs().max().clamp_min(tiny)),

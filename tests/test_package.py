@@ -18,6 +18,20 @@ def test_import_is_quiet_and_brings_no_triton():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_flops_are_counted_whenever_the_counter_is_imported():
+    code = """
+import torch
+{first}
+import hyperkernels as hk
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    hk.hyper_linear(torch.ones(1, 1), torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+assert counter.get_total_flops() == 4, counter.get_total_flops()
+"""
+    for first in ("", "import torch.utils.flop_counter"):
+        subprocess.run([sys.executable, "-c", code.format(first=first)], check=True)
+
+
 def test_every_public_name_has_a_docstring_and_is_there():
     for name in hk.__all__:
         value = getattr(hk, name)

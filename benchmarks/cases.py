@@ -1,0 +1,151 @@
+"""What is measured: each case with its baselines by name, what makes it right, and the factors it is meant to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from measure import Contestants
+from torch import Tensor, nn
+
+import hyperkernels as hk
+from hyperkernels.planner import default_chunk
+from hyperkernels.testing import assert_no_worse_than_eager
+
+OURS = "hyperkernels"
+
+
+@dataclass
+class Case:
+    """`contestants[OURS]` against the others. `check` raises if ours is wrong; `faster` and `smaller` say by what
+    factor ours should beat a baseline in time and in peak memory."""
+
+    name: str
+    contestants: Contestants
+    check: Callable[[], None]
+    faster: dict[str, float] = field(default_factory=dict)
+    smaller: dict[str, float] = field(default_factory=dict)
+
+
+def linear(
+    shape: tuple[int, int],
+    chunk: tuple[int, int],
+    m: int,
+    B: int,
+    *,
+    train: bool = False,
+    faster: dict[str, float] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """One context: against a dense layer of the same shape, and the same function with the weight formed.
+
+    `einsum` is torch.einsum over all three factors, on opt_einsum's path.
+    """
+    (N, K), (rows, cols) = shape, chunk
+    I, J = N // rows, K // cols
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, device=device, dtype=dtype).requires_grad_()
+
+    x, hidden, head, dy = draw(B, K), draw(I, J, m), draw(m, rows, cols), draw(B, N).detach()
+    dense = nn.Linear(K, N, bias=False, device=device, dtype=dtype)
+    leaves = [x, hidden, head]
+
+    def materialised(x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
+        return F.linear(x, hk.generate_weight(hidden, head, shape))
+
+    def run(call: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor = dy) -> tuple[Tensor, ...]:
+        """y, and with `train` the gradients."""
+        with torch.set_grad_enabled(train):
+            y = call(*leaves)
+        return (y, *torch.autograd.grad(y, leaves, dy)) if train else (y,)
+
+    contestants: Contestants = {
+        "nn.Linear": lambda: run(F.linear, [x, dense.weight]),
+        "materialise": lambda: run(materialised, leaves),
+        "einsum": lambda: run(
+            lambda x, hidden, head: torch.einsum("krq,bjq,ijk->bir", head, x.view(B, J, cols), hidden).reshape(B, N),
+            leaves,
+        ),
+        OURS: lambda: run(hk.hyper_linear, leaves),
+    }
+
+    def check() -> None:
+        exact = run(materialised, [v.detach().double().requires_grad_() for v in leaves], dy.double())
+        names = ("y", "dx", "dhidden", "dhead")
+        for name, *values in zip(names, run(hk.hyper_linear, leaves), run(materialised, leaves), exact):
+            assert_no_worse_than_eager(name, *values)
+
+    what = "forward and backward" if train else "forward"
+    return Case(f"{what}, {N}x{K}, chunks {rows}x{cols}, m={m}, B={B}", contestants, check, faster or {})
+
+
+def contexts(G: int = 64, N: int = 1024, K: int = 1024, rows: int = 16, cols: int = 64, m: int = 32) -> Case:
+    """A context for each sample, through a trunk of one hidden layer: against hypnettorch's chunked hypernetwork.
+
+    Both sides hold hypnettorch's own parameters. Its flat chunks are laid out as ours are, `rows x cols` tiles of W,
+    and the generated weights are checked to be the same numbers.
+    """
+    from hypnettorch.hnets import ChunkedHMLP
+
+    I, J, embedding, context = N // rows, K // cols, 8, 16
+    net = ChunkedHMLP(
+        [[N, K]],
+        chunk_size=rows * cols,
+        chunk_emb_size=embedding,
+        layers=(m,),
+        cond_in_size=context,
+        no_cond_weights=True,
+        num_cond_embs=0,
+        activation_fn=nn.ReLU(),
+        verbose=False,
+    )
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    z, x = torch.randn(G, context), torch.randn(G, K)
+    trunk, trunk_bias, out, out_bias, embeddings = (v.detach() for v in net.parameters())
+    head, head_bias = out.T.reshape(m, rows, cols).contiguous(), out_bias.view(rows, cols)
+
+    def hidden() -> hk.AdditiveHidden:
+        chunks = F.linear(embeddings, trunk[:, :embedding], trunk_bias).view(I, J, m)
+        return hk.AdditiveHidden(F.linear(z, trunk[:, embedding:]), chunks, "relu")
+
+    @torch.no_grad()
+    def hypnettorch() -> Tensor:
+        return torch.cat([F.linear(x[g : g + 1], weights[0]) for g, weights in enumerate(net.forward(cond_input=z))])
+
+    @torch.no_grad()
+    def ours(backend: str | None = None) -> Tensor:
+        return hk.hyper_linear(x, hidden(), head, head_bias=head_bias, backend=backend)
+
+    @torch.no_grad()
+    def check() -> None:
+        generated = hk.generate_weight(hidden(), head, (N, K), head_bias=head_bias)
+        for g, (theirs,) in enumerate(net.forward(cond_input=z)):
+            tiles = theirs.view(I, J, rows, cols).transpose(1, 2).reshape(N, K)
+            torch.testing.assert_close(generated[g], tiles)
+        exact = torch.einsum("gnk,gk->gn", generated.double(), x.double())
+        assert_no_worse_than_eager("y", ours(), ours("reference"), exact)
+
+    return Case(
+        f"forward, {G} contexts of one sample, {N}x{K}, chunks {rows}x{cols}, m={m}",
+        {"hypnettorch": hypnettorch, "materialise": lambda: ours("reference"), OURS: ours},
+        check,
+        {"hypnettorch": 30},
+        {"hypnettorch": 100},
+    )
+
+
+LARGE = ((4096, 4096), (16, 256), 32)
+CPU_CASES: dict[str, Callable[[], Case]] = {
+    "decode": lambda: linear(*LARGE, B=1),
+    "forward_16": lambda: linear(*LARGE, B=16),
+    "forward_256": lambda: linear(*LARGE, B=256, faster={"nn.Linear": 2.5}),
+    "train_256": lambda: linear(*LARGE, B=256, train=True, faster={"nn.Linear": 2}),
+    "small_256": lambda: linear((1024, 1024), (16, 64), 32, B=256),
+    "small_default_chunk_256": lambda: linear((1024, 1024), default_chunk(1024, 1024, 32), 32, B=256),
+    "contexts_64": contexts,
+}

@@ -1,0 +1,69 @@
+"""Timing in interleaved rounds, the machine's ceilings, and what machine it was."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import hyperkernels as hk
+
+Contestants = dict[str, Callable[[], Any]]
+
+
+class Quantiles(NamedTuple):
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Quantiles:
+        ordered = sorted(seconds)
+        return cls(*(1e3 * ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8)))
+
+
+def timed(call: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call, after one that is not timed: what the contestant before left in the caches is gone."""
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ceilings(device: str = "cpu") -> dict[str, float]:
+    """The best of ten large matrix products and of ten large copies, fp32 on a CPU and bf16 on a CUDA device."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.randn(64 << 20, device=device)
+    target = torch.empty_like(source)
+    product = min(timed(lambda: a @ a, device) for _ in range(10))
+    copy = min(timed(lambda: target.copy_(source), device) for _ in range(10))
+    return {"gflop_per_s": 2 * size**3 / product / 1e9, "gb_per_s": 2 * source.nbytes / copy / 1e9}
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Device and versions, to stand beside every figure."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        model = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+        )
+        features = next((line for line in lines if line.startswith("flags")), "").split()
+        name = f"{model}, {torch.get_num_threads()} threads" + ", AVX-512" * ("avx512f" in features)
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hyperkernels": hk.__version__,
+    }

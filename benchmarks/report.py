@@ -1,0 +1,139 @@
+"""Tables and a plot from saved results: `make bench` and `make readme` run it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
+
+OURS = "hyperkernels"
+MARKS = ("<!-- results -->", "<!-- end of results -->")
+COLORS = {"nn.Linear": "0.35", "hypnettorch": "#e69f00", "materialise": "#d55e00", "einsum": "#56b4e9", OURS: "#0072b2"}
+
+
+def ratio(case: dict[str, Any], baseline: str) -> float:
+    return case["times"][baseline]["p50_ms"] / case["times"][OURS]["p50_ms"]
+
+
+def usual(case: dict[str, Any]) -> str:
+    """The baseline that the case is about."""
+    return next(name for name in ("hypnettorch", "nn.Linear") if name in case["times"])
+
+
+def verdicts(case: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Each factor that the case is meant to reach, and whether it does."""
+    found = []
+    for baseline, factor in case.get("faster", {}).items():
+        got = ratio(case, baseline)
+        found.append((f"{got:.1f} times faster than {baseline}, wanted {factor}", got >= factor))
+    for baseline, factor in case.get("smaller", {}).items():
+        got = case["peak_mib"][baseline] / case["peak_mib"][OURS]
+        found.append((f"{got:.0f} times less memory than {baseline}, wanted {factor}", got >= factor))
+    if "process_limit_mib" in case:
+        peak, limit = case["process_peak_mib"], case["process_limit_mib"]
+        found.append((f"{peak:.0f} MiB of process memory, wanted under {limit}", peak < limit))
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| work | ms | against | times faster | than weights formed | than einsum | MiB, ours / theirs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in (bench["extra_info"] for bench in results["benchmarks"]):
+        if "times" not in case:
+            cells = [case["case"], f"{1e3 * case['seconds']:.0f}", "40 GB of weights", "", "", ""]
+            lines.append("| " + " | ".join([*cells, f"{case['process_peak_mib']:.0f}, whole process"]) + " |")
+            continue
+        baseline = usual(case)
+        memory = f"{case['peak_mib'][OURS]:.1f} / {case['peak_mib'][baseline]:.1f}"
+        cells = [case["case"], f"{case['times'][OURS]['p50_ms']:.2f}", baseline, f"**{ratio(case, baseline):.1f}**"]
+        others = [f"{ratio(case, name):.1f}" if name in case["times"] else "" for name in ("materialise", "einsum")]
+        lines.append("| " + " | ".join([*cells, *others, memory]) + " |")
+    machine = results["machine_info"]
+    ceilings = machine["ceilings"]
+    lines += [
+        "",
+        f"{machine['device']}; fp32, p50 of interleaved rounds in one process; torch {machine['torch']}, "
+        f"Python {machine['python']}; a large product runs at {ceilings['gflop_per_s']:.0f} GFLOP/s, a large copy at "
+        f"{ceilings['gb_per_s']:.0f} GB/s. MiB are what a call holds at once beyond its inputs; einsum is "
+        "`torch.einsum` over the same three factors on opt_einsum's path.",
+    ]
+    return "\n".join(lines)
+
+
+def details(results: dict[str, Any]) -> str:
+    """Every contestant: quantiles, memory, and the share of the product's ceiling."""
+    roof = results["machine_info"]["ceilings"]["gflop_per_s"]
+    lines = []
+    for case in (bench["extra_info"] for bench in results["benchmarks"]):
+        lines.append(case["case"])
+        for name, times in case.get("times", {}).items():
+            row = f"  {name:13} p20 {times['p20_ms']:8.2f}  p50 {times['p50_ms']:8.2f}  p80 {times['p80_ms']:8.2f} ms"
+            row += f"  {case['peak_mib'][name]:7.1f} MiB"
+            if name == OURS:
+                speed = case["flops"] / times["p50_ms"] / 1e6
+                row += f"  {speed:5.0f} GFLOP/s, {100 * speed / roof:.0f}% of a large product"
+            lines.append(row)
+        lines += [f"  {'reached' if ok else 'MISSED'}: {what}" for what, ok in verdicts(case)]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    cases = [bench["extra_info"] for bench in results["benchmarks"] if "times" in bench["extra_info"]]
+    figure, axes = plt.subplots(len(cases), 1, figsize=(7, 1.3 * len(cases)), layout="constrained")
+    for axis, case in zip(axes, cases):
+        names = list(case["times"])
+        bars = axis.barh(names, [case["times"][name]["p50_ms"] for name in names], color=[COLORS[n] for n in names])
+        axis.bar_label(bars, fmt="%.3g ms", padding=3, fontsize=8)
+        axis.set_title(case["case"], fontsize=9, loc="left")
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(x=0.15)
+        axis.tick_params(labelsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def in_readme(readme: str, results: dict[str, Any]) -> str:
+    before, rest = readme.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python benchmarks/report.py benchmarks/results/cpu.json\n"
+        "  python benchmarks/report.py benchmarks/results/cpu.json --readme README.md\n\n"
+        "exit codes: 0, 1 if a case missed its factor, 2 for bad arguments",
+    )
+    parser.add_argument("results", type=Path, help="what `make bench` saved")
+    parser.add_argument(
+        "--readme", type=Path, help="write the table between the marks of this file instead of plotting"
+    )
+    arguments = parser.parse_args()
+    try:
+        results = json.loads(arguments.results.read_text())
+        text = details(results)
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        parser.error(f"{arguments.results}: not the results of `make bench`: {error!r}")
+    if arguments.readme:
+        arguments.readme.write_text(in_readme(arguments.readme.read_text(), results))
+        return 0
+    picture = arguments.results.with_suffix(".png")
+    draw(results, picture)
+    print(table(results), text, f"picture: {picture}", sep="\n\n")
+    missed = [what for bench in results["benchmarks"] for what, ok in verdicts(bench["extra_info"]) if not ok]
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

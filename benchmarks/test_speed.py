@@ -1,0 +1,56 @@
+"""`make bench`: ratios of time and memory, every case right before it is fast.
+
+Each round runs every contestant in turn, in one process, so that whatever else the machine does hits all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CPU_CASES, OURS
+from measure import Quantiles, timed
+from torch.utils.flop_counter import FlopCounterMode
+
+from hyperkernels.testing import peak_bytes
+
+ROUNDS = 15
+
+
+@pytest.mark.parametrize("name", CPU_CASES)
+def test_case(benchmark, name):
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    case = CPU_CASES[name]()
+    case.check()
+    seconds: dict[str, list[float]] = {baseline: [] for baseline in case.contestants if baseline != OURS}
+    ours = case.contestants[OURS]
+
+    def baselines_in_turn() -> None:
+        for baseline, times in seconds.items():
+            times.append(timed(case.contestants[baseline]))
+        ours()
+
+    benchmark.pedantic(ours, setup=baselines_in_turn, rounds=ROUNDS)
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    times = seconds | {OURS: benchmark.stats.stats.data}
+    benchmark.extra_info.update(
+        case=case.name,
+        flops=counter.get_total_flops(),
+        faster=case.faster,
+        smaller=case.smaller,
+        times={baseline: Quantiles.of(values)._asdict() for baseline, values in times.items()},
+        peak_mib={baseline: peak_bytes(call) / 2**20 for baseline, call in case.contestants.items()},
+    )
+
+
+def test_ten_billion_weights(benchmark):
+    """In a process of its own, whose peak resident memory is read at its end."""
+    script = Path(__file__).with_name("ten_billion_weights.py")
+    outcome = benchmark.pedantic(subprocess.check_output, ([sys.executable, script],), {"text": True}, rounds=1)
+    benchmark.extra_info.update(json.loads(outcome))

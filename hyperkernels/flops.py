@@ -1,0 +1,54 @@
+"""`torch.utils.flop_counter.FlopCounterMode` counts the operator by the plan that runs.
+
+That module imports triton where triton is installed, and a counter copies the table of formulas when it is made. So
+the formula is entered at the moment somebody else imports it, no sooner and no later.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from hyperkernels.contraction import call_of
+from hyperkernels.planner import plan_contraction
+
+WATCHED = "torch.utils.flop_counter"
+
+
+def _flops(wanted, sizes, activation, order, backend, context_ids, *factors, out_val=None, **_) -> int:
+    like = next(factor for factor in factors if factor is not None)
+    call = call_of(sizes, activation, context_ids is not None, like)
+    return plan_contraction(call, tuple(wanted), order or None).flops
+
+
+def _register(module: ModuleType) -> None:
+    module.register_flop_formula(torch.ops.hyperkernels.contract, get_raw=True)(_flops)
+
+
+class _WhenImported(MetaPathFinder):
+    def find_spec(self, fullname, path, target=None):
+        if fullname != WATCHED:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_then_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_then_register
+        return spec
+
+
+def register_flops() -> None:
+    """Enter the formula now if the counter's module is there, else when it is."""
+    if WATCHED in sys.modules:
+        _register(sys.modules[WATCHED])
+    else:
+        sys.meta_path.insert(0, _WhenImported())

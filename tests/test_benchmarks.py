@@ -1,0 +1,66 @@
+"""The README's figures are the saved ones, and the benchmark commands work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+report = pytest.importorskip("report", reason="drawing needs matplotlib")
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_readme_holds_the_saved_results():
+    results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert report.in_readme(readme, results) == readme, "run `make readme`"
+
+
+def test_report(tmp_path):
+    saved = ROOT / "benchmarks/results/cpu.json"
+    (tmp_path / "cpu.json").write_text(saved.read_text())
+    result = run("benchmarks/report.py", tmp_path / "cpu.json")
+    assert result.returncode in (0, 1), result.stderr
+    assert (tmp_path / "cpu.png").stat().st_size > 10_000
+    assert ("MISSED" in result.stdout) == (result.returncode == 1)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"benchmarks": ['])
+def test_report_of_a_damaged_file(tmp_path, text):
+    (tmp_path / "cpu.json").write_text(text)
+    result = run("benchmarks/report.py", tmp_path / "cpu.json")
+    assert result.returncode == 2
+    assert "not the results of `make bench`" in result.stderr
+
+
+def test_a_missed_factor_is_said():
+    times = {"nn.Linear": {"p50_ms": 2.0}, "hyperkernels": {"p50_ms": 1.0}}
+    case = {"times": times, "faster": {"nn.Linear": 2.5}}
+    assert report.verdicts(case) == [("2.0 times faster than nn.Linear, wanted 2.5", False)]
+
+
+def test_make_gpu_runs_end_to_end_without_one(tmp_path):
+    result = run("benchmarks/gpu.py", "--device", "cpu", "--quick", "--output", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    saved = json.loads((tmp_path / "cpu.json").read_text())
+    assert len(saved["cases"]) == 4
+    assert saved["tests_exit_code"] == 0
+    assert not saved["failed"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["benchmarks/report.py", "benchmarks/gpu.py", "benchmarks/ten_billion_weights.py", "python/demos/vit_rotations.py"],
+)
+def test_help_teaches_with_examples(command):
+    result = run(command, "--help")
+    assert result.returncode == 0
+    assert "example" in result.stdout
