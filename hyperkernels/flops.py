@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from hyperkernels.contraction import call_of
+from hyperkernels.operators import call_of
 from hyperkernels.planner import plan_contraction
 
 WATCHED = "torch.utils.flop_counter"

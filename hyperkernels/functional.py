@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hyperkernels.backends import choose_backend, reference
 from hyperkernels.chunking import Grid, ceil_div, to_chunks
-from hyperkernels.contraction import Settings, check_context_ids, partials, sizes_of
+from hyperkernels.derivatives import Settings, partials
 from hyperkernels.hidden import AdditiveHidden
+from hyperkernels.operators import check_context_ids, sizes_of
 from hyperkernels.planner import Call
 
 

@@ -57,6 +57,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     on a CUDA device by `torch.cuda.max_memory_allocated`.
     """
     if device == "cuda":
+        call()  # a matrix library takes its own workspace at its first call, and keeps it
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

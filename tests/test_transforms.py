@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hyperkernels as hk
 from hyperkernels.chunking import Grid
-from hyperkernels.contraction import FACTORS
+from hyperkernels.operators import FACTORS
 from hyperkernels.planner import ORDERS
 
 
