@@ -39,7 +39,8 @@ readme: $(VENV)/installed  ## write the saved results into the README's table
 	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json --readme README.md
 
 gpu:  ## on a CUDA device, with the machine's own python3 and torch: tests, then benchmarks
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --output $${OUT:-benchmarks/results}
+	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; set PYTHON=..." >&2; exit 2; }
+	@PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --output $${OUT:-benchmarks/results}
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info

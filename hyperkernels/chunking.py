@@ -16,8 +16,8 @@ class Grid(NamedTuple):
     """An `out_features x in_features` weight cut into chunks of `rows x cols`; edge chunks are cropped.
 
     >>> grid = Grid(out_features=10, in_features=7, rows=4, cols=3)
-    >>> grid.I, grid.J, grid.cropped
-    (3, 3, True)
+    >>> grid.I, grid.J, grid.rank_bound(width=1)
+    (3, 3, 7)
     """
 
     out_features: int
@@ -33,10 +33,6 @@ class Grid(NamedTuple):
     def J(self) -> int:
         return ceil_div(self.in_features, self.cols)
 
-    @property
-    def cropped(self) -> bool:
-        return self.out_features % self.rows != 0 or self.in_features % self.cols != 0
-
     def rank_bound(self, width: int) -> int:
         """The largest rank a generated weight can have: each of its `width` Kronecker products has at most
         `min(I, J) * min(rows, cols)`."""
@@ -51,11 +47,6 @@ def to_chunks(v: Tensor, size: int) -> Tensor:
     if n != count * size:
         v = F.pad(v, (0, count * size - n))
     return v.unflatten(-1, (count, size))
-
-
-def from_chunks(v: Tensor, n: int) -> Tensor:
-    """`[..., count, size]` to `[..., n]`: the inverse of `to_chunks`, the padding cut off."""
-    return v.flatten(-2)[..., :n]
 
 
 def weight_from_chunks(chunks: Tensor, out_features: int, in_features: int) -> Tensor:

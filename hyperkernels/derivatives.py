@@ -15,30 +15,38 @@ import torch
 from torch import Tensor
 
 from hyperkernels.hidden import ACTIVATIONS, additive_pre
-from hyperkernels.operators import FACTORS, contract, result_names, result_shapes
-from hyperkernels.planner import SLOTS
+from hyperkernels.operators import FACTORS, call_of, contract
+from hyperkernels.planner import SLOTS, result_names, slot_of
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a call is, beside its tensors; one leaf to `torch.func`, which a tuple would not be."""
+    """What a call is, beside its tensors: the slots whose partials are wanted, the operator's integers, the activation
+    of `AdditiveHidden` (or ""), a forced order and backend (or "").
 
+    To `torch.func` one leaf, which a tuple would not be.
+    """
+
+    wanted: tuple[str, ...]
     sizes: tuple[int, ...]
     activation: str
     order: str
     backend: str
 
+    @property
+    def results(self) -> list[str]:
+        return result_names(self.wanted, self.activation)
 
-def partials(
-    wanted: tuple[str, ...], settings: Settings, context_ids: Tensor | None, *factors: Tensor | None
-) -> tuple[Tensor, ...]:
-    """The partials of phi by the slots in `wanted`, differentiable in every factor, to any order.
+
+def partials(settings: Settings, context_ids: Tensor | None, *factors: Tensor | None) -> tuple[Tensor, ...]:
+    """The partials of phi by the wanted slots, differentiable in every factor, to any order.
 
     `factors` follow `FACTORS`, and one that no wanted partial is a function of may be None. With an activation,
     the hidden partial is two results, dcontext and dchunks.
     """
-    function = Partials if torch.compiler.is_compiling() else PartialsForwardMode
-    return function.apply(",".join(wanted), settings, context_ids, *factors)
+    if torch.compiler.is_compiling():  # a view: Dynamo loses the gradient of a graph's input that is passed as it is
+        return Partials.apply(settings, context_ids, *(None if v is None else v.view_as(v) for v in factors))
+    return PartialsForwardMode.apply(settings, context_ids, *factors)
 
 
 class Partials(torch.autograd.Function):
@@ -47,57 +55,54 @@ class Partials(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(wanted, settings, context_ids, y, hidden, chunks, head, x):  # by name: Dynamo counts them
+    def forward(settings, context_ids, y, hidden, chunks, head, x):  # by name: Dynamo counts them
         s, factors = settings, (y, hidden, chunks, head, x)
-        return tuple(
-            contract(wanted.split(","), list(s.sizes), s.activation, s.order, s.backend, context_ids, *factors)
-        )
+        return tuple(contract(list(s.wanted), list(s.sizes), s.activation, s.order, s.backend, context_ids, *factors))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        wanted, ctx.settings, context_ids, *factors = inputs
-        ctx.wanted = tuple(wanted.split(","))
+        ctx.settings, context_ids, *factors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(context_ids, *_read_in_backward(ctx.wanted, ctx.needs_input_grad[3:], factors))
+        ctx.save_for_backward(context_ids, *_read_in_backward(ctx.settings.wanted, ctx.needs_input_grad[2:], factors))
         ctx.save_for_forward(context_ids, *factors)
 
     @staticmethod
     def backward(ctx, *cotangents):
         context_ids, *factors = ctx.saved_tensors
         settings = ctx.settings
-        needs = dict(zip(FACTORS, ctx.needs_input_grad[3:]))
-        names = result_names(ctx.wanted, settings.activation)
-        given = {name: v for name, v in zip(names, cotangents) if v is not None}
+        needs = [name for name, needed in zip(FACTORS, ctx.needs_input_grad[2:]) if needed]
+        given = {name: v for name, v in zip(settings.results, cotangents) if v is not None}
         if settings.activation and given.keys() & {"hidden", "chunks"}:
-            grads = _additive_second_order(ctx.wanted, settings, context_ids, factors, needs, given)
+            grads = _additive_second_order(settings, context_ids, factors, needs, given)
         else:
             grads = {}
+            slots = {slot_of(name) for name in needs}
             for slot, cotangent in given.items():
-                targets = tuple(s for s in SLOTS if s != slot and (needs[s] or (s == "hidden" and needs["chunks"])))
-                if targets:
-                    values = dict(zip(FACTORS, factors)) | {slot: cotangent}
-                    found = partials(targets, settings, context_ids, *values.values())
-                    _accumulate(grads, result_names(targets, settings.activation), found)
-        return None, None, None, *(grads.get(name) if needs[name] else None for name in FACTORS)
+                values = dict(zip(FACTORS, factors)) | {slot: cotangent}
+                targets = tuple(s for s in SLOTS if s != slot and s in slots)
+                _accumulate(grads, replace(settings, wanted=targets), context_ids, values)
+        return None, None, *(grads[name] if name in needs and name in grads else None for name in FACTORS)
 
 
-def _accumulate(totals: dict[str, Tensor], names: Sequence[str], parts: Sequence[Tensor]) -> None:
-    for name, part in zip(names, parts):
-        totals[name] = totals[name] + part if name in totals else part
+def _accumulate(totals: dict[str, Tensor], settings: Settings, context_ids: Tensor | None, values: dict) -> None:
+    """Add the partials of phi at `values` to `totals`, by name."""
+    if settings.wanted:
+        for name, part in zip(settings.results, partials(settings, context_ids, *values.values())):
+            totals[name] = totals[name] + part if name in totals else part
 
 
 class PartialsForwardMode(Partials):
     """`Partials` with forward-mode derivatives."""
 
     @staticmethod
-    def jvp(ctx, _wanted, _settings, _ids, *tangents):
+    def jvp(ctx, _settings, _ids, *tangents):
         context_ids, *factors = ctx.saved_tensors
-        settings, wanted = ctx.settings, ctx.wanted
+        settings = ctx.settings
         values = dict(zip(FACTORS, factors))
         moved = {name: v for name, v in zip(FACTORS, tangents) if v is not None}
-        results: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {}
         if settings.activation and moved.keys() & {"hidden", "chunks"}:
-            if "hidden" in wanted:
+            if "hidden" in settings.wanted:
                 raise NotImplementedError(
                     "forward-mode derivatives of the gradients of AdditiveHidden: pass hidden.materialize() instead"
                 )
@@ -108,53 +113,53 @@ class PartialsForwardMode(Partials):
             if "chunks" in moved:
                 tangent = tangent + moved.pop("chunks")
             dense = values | {"hidden": ACTIVATIONS[settings.activation].grad(tangent, pre), "chunks": None}
-            found = partials(wanted, replace(settings, activation=""), context_ids, *dense.values())
-            _accumulate(results, wanted, found)
+            _accumulate(totals, replace(settings, activation=""), context_ids, dense)
         for slot, tangent in moved.items():
-            targets = tuple(s for s in wanted if s != slot)
-            if targets:
-                found = partials(targets, settings, context_ids, *(values | {slot: tangent}).values())
-                _accumulate(results, result_names(targets, settings.activation), found)
-        names = result_names(wanted, settings.activation)
-        shapes = result_shapes(wanted, settings.sizes, settings.activation)
+            targets = tuple(s for s in settings.wanted if s != slot)
+            _accumulate(totals, replace(settings, wanted=targets), context_ids, values | {slot: tangent})
+        call = call_of(settings.sizes, settings.activation, context_ids, tangents)
         like = next(v for v in tangents if v is not None)
-        return tuple(results[name] if name in results else like.new_zeros(shape) for name, shape in zip(names, shapes))
+        return tuple(totals[n] if n in totals else like.new_zeros(call.shape(n)) for n in settings.results)
 
 
-def _read_in_backward(wanted, needs_grad, factors) -> tuple[Tensor | None, ...]:
+def _read_in_backward(wanted: tuple[str, ...], needs: Sequence[bool], factors: Sequence[Tensor | None]):
     """Each factor that some derivative of some wanted partial is a function of; None for the others."""
-    needs = {name for name, needed in zip(FACTORS, needs_grad) if needed}
-    slots = {"hidden" if name == "chunks" else name for name in needs}
+    slots = {slot_of(name) for name, needed in zip(FACTORS, needs) if needed}
     additive = factors[FACTORS.index("chunks")] is not None
     if additive and "hidden" in wanted:
         return tuple(factors)
 
     def read(name: str) -> bool:
-        if name in ("hidden", "chunks") and additive and "hidden" in slots:
+        slot = slot_of(name)
+        if slot == "hidden" and additive and "hidden" in slots:
             return True  # the activation's derivative is taken at them
-        slot = "hidden" if name == "chunks" else name
         return any(slot not in (s, by) for s in wanted for by in slots if s != by)
 
     return tuple(factor if read(name) else None for name, factor in zip(FACTORS, factors))
 
 
-def _additive_second_order(wanted, settings, context_ids, factors, needs, cotangents) -> dict[str, Tensor]:
+def _additive_second_order(
+    settings: Settings,
+    context_ids: Tensor | None,
+    factors: Sequence[Tensor | None],
+    needs: list[str],
+    cotangents: dict[str, Tensor],
+) -> dict[str, Tensor]:
     """The pullback of dcontext and dchunks: phi is not linear in those, so hidden is formed and torch's own
     derivatives of the activation are used."""
     activation = ACTIVATIONS[settings.activation]
-    active: list[str] = [name for name in FACTORS if needs[name]]
+    values: dict[str, Any] = dict(zip(FACTORS, factors))
 
-    def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-        full: dict[str, Any] = dict(zip(FACTORS, factors)) | dict(zip(active, values))
+    def gradients(*active: Tensor) -> tuple[Tensor, ...]:
+        full = values | dict(zip(needs, active))
         pre = additive_pre(full["hidden"], full["chunks"])
         full |= {"hidden": activation.apply_(pre.clone()), "chunks": None}
         dense = replace(settings, activation="")
-        found = dict(zip(wanted, partials(wanted, dense, context_ids, *full.values())))
+        found = dict(zip(dense.results, partials(dense, context_ids, *full.values())))
         if "hidden" in found:
             dpre = activation.grad(found["hidden"], pre)
             found |= {"hidden": dpre.sum((1, 2)), "chunks": dpre.sum(0)}
         return tuple(found[name] for name in cotangents)
 
-    values: dict[str, Any] = dict(zip(FACTORS, factors))
-    pullback = torch.func.vjp(gradients, *(values[name] for name in active))[1]
-    return dict(zip(active, pullback(tuple(cotangents.values()))))
+    pullback = torch.func.vjp(gradients, *(values[name] for name in needs))[1]
+    return dict(zip(needs, pullback(tuple(cotangents.values()))))

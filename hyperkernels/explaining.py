@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hyperkernels.backends import BACKENDS, choose_backend
-from hyperkernels.functional import canonical_form, hyper_linear
+from hyperkernels.form import canonical_form
+from hyperkernels.functional import hyper_linear
+from hyperkernels.operators import check_context_ids
 from hyperkernels.planner import OUTPUT, Call, Cost, Plan, plan_contraction
 
 
@@ -112,6 +114,8 @@ def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Expla
     form = canonical_form(
         kwargs["x"], kwargs["hidden"], kwargs["head"], kwargs.get("out_features"), kwargs.get("context_ids")
     )
+    if form.ids is not None:
+        check_context_ids(form.ids, form.call.contexts)
     backend, ruled_out = choose_backend(form.call, order, kwargs.get("backend"))
     forward = plan_contraction(form.call, ("y",), order)
     backward = plan_contraction(form.call, ("hidden", "head", "x"), order)

@@ -1,7 +1,8 @@
 """`torch.utils.flop_counter.FlopCounterMode` counts the operator by the plan that runs.
 
-That module imports triton where triton is installed, and a counter copies the table of formulas when it is made. So
-the formula is entered at the moment somebody else imports it, no sooner and no later.
+A counter copies the table of formulas when it is made, and counts 0 for an operator that is not in it. To enter ours
+we would have to import that module, and it imports triton where triton is installed, which a user on a CPU should not
+wait for. So the formula is entered at the moment somebody else imports it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ WATCHED = "torch.utils.flop_counter"
 
 
 def _flops(wanted, sizes, activation, order, backend, context_ids, *factors, out_val=None, **_) -> int:
-    like = next(factor for factor in factors if factor is not None)
-    call = call_of(sizes, activation, context_ids is not None, like)
+    call = call_of(sizes, activation, context_ids, factors)
     return plan_contraction(call, tuple(wanted), order or None).flops
 
 

@@ -19,6 +19,11 @@ class Activation(NamedTuple):
     grad: Callable[[Tensor, Tensor], Tensor]
 
 
+def _silu_grad(d: Tensor, pre: Tensor) -> Tensor:
+    s = torch.sigmoid(pre)
+    return d * s * (1 + pre * (1 - s))
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(lambda pre: pre, lambda d, pre: d),
     "relu": Activation(torch.relu_, lambda d, pre: d * (pre > 0)),
@@ -27,7 +32,7 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda pre: aten.gelu_(pre, approximate="tanh"),
         lambda d, pre: aten.gelu_backward(d, pre, approximate="tanh"),
     ),
-    "silu": Activation(aten.silu_, aten.silu_backward),
+    "silu": Activation(aten.silu_, _silu_grad),  # silu_backward has no derivative
     "tanh": Activation(torch.tanh_, lambda d, pre: d * (1 - torch.tanh(pre).square())),
     "sin": Activation(torch.sin_, lambda d, pre: d * torch.cos(pre)),
 }

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hyperkernels.backends import BACKENDS, choose_backend
-from hyperkernels.chunking import Grid, ceil_div
-from hyperkernels.planner import Call, plan_contraction
+from hyperkernels.chunking import Grid
+from hyperkernels.planner import Call, plan_contraction, result_names
 
 library = torch.library.Library("hyperkernels", "DEF")
 library.define(
@@ -29,99 +30,97 @@ def sizes_of(call: Call) -> tuple[int, ...]:
     return (*call.grid, call.width, call.contexts, call.entries, call.tokens, int(call.per_chunk_heads))
 
 
-def call_of(sizes: Sequence[int], activation: str, mapped: bool, like: Tensor) -> Call:
+def call_of(
+    sizes: Sequence[int], activation: str, context_ids: Tensor | None, factors: Sequence[Tensor | None]
+) -> Call:
     N, K, rows, cols, width, contexts, entries, tokens, per_chunk_heads = sizes
-    grid = Grid(N, K, rows, cols)
-    return Call(
-        grid, width, contexts, entries, tokens, bool(per_chunk_heads), mapped, activation, like.dtype, like.device.type
-    )
-
-
-def result_names(wanted: Sequence[str], activation: str) -> list[str]:
-    """The factors that the operator returns the partials of, in its order."""
-    names = []
-    for slot in wanted:
-        names += [slot, "chunks"] if slot == "hidden" and activation else [slot]
-    return names
-
-
-def result_shapes(wanted: Sequence[str], sizes: Sequence[int], activation: str) -> list[tuple[int, ...]]:
-    N, K, rows, cols, m, contexts, entries, tokens, per_chunk_heads = sizes
-    I, J = ceil_div(N, rows), ceil_div(K, cols)
-    shapes = {
-        "y": (entries, tokens, N),
-        "x": (entries, tokens, K),
-        "hidden": (contexts, m) if activation else (contexts, I, J, m),
-        "chunks": (I, J, m),
-        "head": (I * J, m, rows, cols) if per_chunk_heads else (m, rows, cols),
-    }
-    return [shapes[name] for name in result_names(wanted, activation)]
+    like = next(factor for factor in factors if factor is not None)
+    mapped = context_ids is not None
+    numbers = (width, contexts, entries, tokens, bool(per_chunk_heads), mapped)
+    return Call(Grid(N, K, rows, cols), *numbers, activation, like.dtype, like.device.type)
 
 
 def check_context_ids(context_ids: Tensor, contexts: int) -> None:
-    if context_ids.numel():
+    if context_ids.numel() and not context_ids.is_meta:
         low, high = int(context_ids.min()), int(context_ids.max())
         if low < 0 or high >= contexts:
             raise ValueError(f"context_ids: got values from {low} to {high}, wanted 0 to {contexts - 1}")
 
 
 def _contract(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:
-    like = next(factor for factor in factors if factor is not None)
+    call = call_of(sizes, activation, context_ids, factors)
     if context_ids is not None:
-        check_context_ids(context_ids, sizes[5])
-    call = call_of(sizes, activation, context_ids is not None, like)
+        check_context_ids(context_ids, call.contexts)
     plan = plan_contraction(call, tuple(wanted), order or None)
     run = BACKENDS[choose_backend(call, order or None, backend or None)[0]].contract
     assert run is not None
     given = {name: factor for name, factor in zip(FACTORS, factors) if factor is not None}
-    chunks = given.pop("chunks", None)
-    return list(run(call, plan, given, chunks, context_ids))
+    return list(run(call, plan, given, context_ids))
 
 
 def _contract_fake(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:
+    call = call_of(sizes, activation, context_ids, factors)
     like = next(factor for factor in factors if factor is not None)
-    return [like.new_empty(shape) for shape in result_shapes(wanted, sizes, activation)]
+    return [like.new_empty(call.shape(name)) for name in result_names(wanted, activation)]
+
+
+def _contract_autograd(*arguments):
+    """Autograd is `derivatives.py`'s; a tangent that comes here by another way (a compiled or exported graph under
+    forward mode) would be lost without a word."""
+    for value in arguments:
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and forward_ad.unpack_dual(value).tangent is not None
+        ):
+            raise NotImplementedError(
+                "forward-mode derivatives of a compiled or exported graph: take them outside torch.compile"
+            )
+    with torch._C._AutoDispatchBelowAutograd():
+        return contract(*arguments)
 
 
 def _contract_vmap(info, in_dims, wanted, sizes, activation, order, backend, context_ids, *factors):
     """Fold the mapped dimension into entries and contexts where head and chunks are the same for all; else loop."""
-    size = info.batch_size
-    dims = dict(zip(("ids", *FACTORS), in_dims[5:]))
-    given = dict(zip(("ids", *FACTORS), (context_ids, *factors)))
+    names = ("ids", *FACTORS)
+    dims, given = dict(zip(names, in_dims[5:])), dict(zip(names, (context_ids, *factors)))
     mapped = {name: v.movedim(dims[name], 0) for name, v in given.items() if v is not None and dims[name] is not None}
+    call = call_of(sizes, activation, context_ids, factors)
     if not {"head", "chunks"} & (mapped.keys() | set(result_names(wanted, activation))):
-        return _contract_folded(size, given, mapped, wanted, sizes, activation, order, backend)
+        call, folded = _fold(call, info.batch_size, given, mapped, wanted)
+        results = contract(wanted, sizes_of(call), activation, order, backend, *folded.values())
+        return [result.unflatten(0, (info.batch_size, -1)) for result in results], [0] * len(results)
     runs = []
-    for n in range(size):
+    for n in range(info.batch_size):
         one = {name: mapped[name][n] if name in mapped else v for name, v in given.items()}
         runs.append(contract(wanted, sizes, activation, order, backend, *one.values()))
     return [torch.stack(parts) for parts in zip(*runs)], [0] * len(runs[0])
 
 
-def _contract_folded(size, given, mapped, wanted, sizes, activation, order, backend):
-    contexts, entries = sizes[5:7]
-    per_map = "hidden" in mapped or "hidden" in wanted
+def _fold(call: Call, size: int, given: dict, mapped: dict, wanted: Sequence[str]) -> tuple[Call, dict]:
+    """`size` times the entries, and `size` times the contexts where each has a hidden (or wants dhidden) of its own."""
+    own_contexts = "hidden" in mapped or "hidden" in wanted
     ids = mapped.get("ids", given["ids"])
-    if ids is None and not per_map:
-        ids = torch.arange(contexts, device=next(iter(mapped.values())).device)
+    if ids is None and not own_contexts:
+        ids = torch.arange(call.contexts, device=next(iter(mapped.values())).device)
     if ids is not None:
-        ids = ids.expand(size, entries)
-        if per_map:
-            ids = ids + contexts * torch.arange(size, device=ids.device)[:, None]
+        ids = ids.expand(size, call.entries)
+        if own_contexts:
+            ids = ids + call.contexts * torch.arange(size, device=ids.device)[:, None]
         ids = ids.flatten()
     folded = {"ids": ids}
     for name in FACTORS:
         value = mapped.get(name, given[name])
-        if value is not None and (name in "xy" or (name == "hidden" and per_map)):
+        if value is not None and (name in ("x", "y") or (name == "hidden" and own_contexts)):
             if name not in mapped:
                 value = value.expand(size, *value.shape)
             value = value.flatten(0, 1)
         folded[name] = value
-    sizes = [*sizes[:5], contexts * size if per_map else contexts, entries * size, *sizes[7:]]
-    results = contract(wanted, sizes, activation, order, backend, *folded.values())
-    return [result.unflatten(0, (size, -1)) for result in results], [0] * len(results)
+    contexts = call.contexts * size if own_contexts else call.contexts
+    return call._replace(contexts=contexts, entries=call.entries * size, mapped=ids is not None), folded
 
 
 library.impl("contract", _contract, "CompositeExplicitAutograd")
+library.impl("contract", _contract_autograd, "Autograd")
 torch.library.register_fake("hyperkernels::contract", _contract_fake, lib=library)
 torch.library.register_vmap("hyperkernels::contract", _contract_vmap, lib=library)

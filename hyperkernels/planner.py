@@ -17,16 +17,16 @@ from (hidden, dy) once for both dx and dhead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import ceil, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
 
-from hyperkernels.chunking import Grid
+from hyperkernels.chunking import Grid, ceil_div
 
 SLOTS = ("y", "hidden", "head", "x")
 OUTPUT = {"y": "y", "hidden": "dhidden", "head": "dhead", "x": "dx"}
@@ -64,13 +64,43 @@ class Call(NamedTuple):
         shared = (set(labels[a]) | set(labels[b])) & (set(labels[c]) | set(labels[d]))
         return "".join(label for label in "gtijkrq" if label in shared)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a factor, and so of the partial by it; with an activation `hidden` is the context `[G, m]`."""
+        grid, chunks = self.grid, (self.grid.I, self.grid.J, self.width)
+        return {
+            "y": (self.entries, self.tokens, grid.out_features),
+            "x": (self.entries, self.tokens, grid.in_features),
+            "hidden": (self.contexts, self.width) if self.activation else (self.contexts, *chunks),
+            "chunks": chunks,
+            "head": (*((grid.I * grid.J,) if self.per_chunk_heads else ()), self.width, grid.rows, grid.cols),
+        }[name]
+
     @property
     def sizes(self) -> dict[str, int]:
         """Extent of each label; with `mapped`, the mean number of tokens per context in use."""
         contexts = min(self.contexts, max(self.entries, 1))
-        tokens = ceil(self.entries * self.tokens / max(contexts, 1))
+        tokens = ceil_div(self.entries * self.tokens, max(contexts, 1))
         grid = self.grid
         return {"g": contexts, "t": tokens, "i": grid.I, "j": grid.J, "k": self.width, "r": grid.rows, "q": grid.cols}
+
+    def numbers(self, labels: str) -> int:
+        """How many numbers the labels span, over all contexts in use and all tokens."""
+        sizes = self.sizes
+        lead = self.entries * self.tokens if "t" in labels else sizes["g"] if "g" in labels else 1
+        return lead * prod(sizes[label] for label in set(labels) - {"g", "t"})
+
+
+def slot_of(name: str) -> str:
+    """The slot that a factor fills: `chunks` fills that of `hidden`, together with the context."""
+    return "hidden" if name == "chunks" else name
+
+
+def result_names(wanted: Sequence[str], activation: str) -> list[str]:
+    """The factors by which the partials are taken: with an activation, hidden is the context and the chunks."""
+    names = []
+    for slot in wanted:
+        names += [slot, "chunks"] if slot == "hidden" and activation else [slot]
+    return names
 
 
 class Machine(NamedTuple):
@@ -91,13 +121,8 @@ MACHINES = {
 _workspace_bytes = 64 << 20
 
 
-def workspace_mib() -> int:
-    """The bound on a call's workspace in MiB, 64 unless `set_workspace_mib` changed it."""
-    return _workspace_bytes >> 20
-
-
 def set_workspace_mib(mib: int) -> None:
-    """Bound the workspace of each call, beyond its inputs and outputs, to `mib` MiB.
+    """Bound the workspace of each call, beyond its inputs and outputs, to `mib` MiB; 64 to begin with.
 
     The least a call can do with is one chunk, or one token's share of an intermediate, neither larger than
     `head` or one context's `hidden`; a smaller bound is held as nearly as that allows.
@@ -123,7 +148,6 @@ class Step(NamedTuple):
     order: str
     forms: tuple[str, str]
     outputs: tuple[str, ...]
-    blocks: tuple[tuple[str, int], ...]
     flops: int
     bytes_moved: int
     workspace_bytes: int
@@ -146,7 +170,6 @@ class Plan:
     wanted: tuple[str, ...]
     steps: tuple[Step, ...]
     candidates: dict[str, tuple[Cost, ...]]
-    forced: bool
 
     def order_of(self, slot: str) -> str:
         return next(step.order for step in self.steps if slot in step.outputs)
@@ -158,10 +181,6 @@ class Plan:
     @property
     def bytes_moved(self) -> int:
         return sum(step.bytes_moved for step in self.steps)
-
-    @property
-    def workspace_bytes(self) -> int:
-        return max((step.workspace_bytes for step in self.steps), default=0)
 
 
 def check_order(order: str | None) -> None:
@@ -176,7 +195,7 @@ def plan_contraction(call: Call, wanted: tuple[str, ...], order: str | None = No
     choices = [tuple(_steps(call, wanted, choice)) for choice in product(orders, repeat=len(wanted))]
     steps = min(choices, key=lambda steps: sum(_time_us(call, step) for step in steps))
     candidates = {slot: tuple(_alone(call, slot, name) for name in ORDERS) for slot in wanted}
-    return Plan(call, wanted, steps, candidates, order is not None)
+    return Plan(call, wanted, steps, candidates)
 
 
 def _steps(call: Call, wanted: tuple[str, ...], orders: tuple[str, ...]) -> Iterator[Step]:
@@ -195,20 +214,19 @@ def _step(call: Call, order: str, forms: tuple[str, str], outputs: tuple[str, ..
     labels, sizes = call.labels, call.sizes
 
     def flops(pair: tuple[str, str]) -> int:
-        return 2 * prod(sizes[label] for label in set(labels[pair[0]] + labels[pair[1]]))
+        return 2 * call.numbers(labels[pair[0]] + labels[pair[1]])
 
     def numbers(slot: str) -> int:
         if slot == "hidden" and call.activation:
-            return (sizes["g"] + sizes["i"] * sizes["j"]) * sizes["k"]
-        return prod(sizes[label] for label in labels[slot])
+            return call.numbers("gk") + call.numbers("ijk")
+        return call.numbers(labels[slot])
 
-    blocks = block_sizes(call, order)
+    blocks = block_sizes(call, order, sizes)
     touched = sum(numbers(slot) for slot in forms) + len(outputs) * sum(numbers(slot) for slot in consumers)
     return Step(
         order,
         forms,
         outputs,
-        tuple((label, size) for label, size in blocks.items() if size < sizes[label]),
         flops(forms) + len(outputs) * flops(consumers),
         call.dtype.itemsize * touched,
         formed_bytes(call, order, blocks) + passing_bytes(call, blocks),
@@ -219,8 +237,7 @@ def _time_us(call: Call, step: Step) -> float:
     """Arithmetic, memory traffic and the traffic of the intermediate (written, copied into the next product's
     layout, read) do not overlap: each product is a call of its own."""
     machine = MACHINES.get(call.device, MACHINES["cpu"])
-    sizes = call.sizes
-    formed = prod(sizes[label] for label in call.intermediate(step.order)) * call.dtype.itemsize
+    formed = call.numbers(call.intermediate(step.order)) * call.dtype.itemsize
     seconds = (
         step.flops / machine.flops_per_s
         + step.bytes_moved / machine.memory_bytes_per_s
@@ -254,21 +271,24 @@ def passing_bytes(call: Call, blocks: dict[str, int]) -> int:
     return sum(_bytes(call, blocks, call.labels[slot]) for slot in ("x", "y"))
 
 
-SPLIT = {"generate": "gij", "head_first": "gtr", "hidden_first": "gtq"}
+def split_labels(call: Call, order: str) -> str:
+    """The labels that may be split to make a block's intermediate smaller, first to last."""
+    own = {"generate": "gij", "head_first": "gtr", "hidden_first": "gtq"}[order]
+    return "ij" + own if call.per_chunk_heads else own
 
 
-def block_sizes(call: Call, order: str) -> dict[str, int]:
-    """Halve the labels in turn until x and y pass through half the workspace, and what a block forms fits the cache
-    level that it is meant for, or the other half."""
-    blocks = dict(call.sizes)
+def block_sizes(call: Call, order: str, sizes: dict[str, int]) -> dict[str, int]:
+    """Halve the labels of `sizes` in turn until x and y pass through half the workspace, and what a block forms fits
+    the cache level that it is meant for, or the other half."""
+    blocks = dict(sizes)
     half = _workspace_bytes // 2
     for label in "gt":
         while blocks[label] > 1 and passing_bytes(call, blocks) > half:
-            blocks[label] = ceil(blocks[label] / 2)
+            blocks[label] = ceil_div(blocks[label], 2)
     limit = min(half, MACHINES.get(call.device, MACHINES["cpu"]).block_bytes)
-    for label in ("ij" if call.per_chunk_heads else "") + SPLIT[order]:
+    for label in split_labels(call, order):
         while blocks[label] > 1 and formed_bytes(call, order, blocks) > limit:
-            blocks[label] = ceil(blocks[label] / 2)
+            blocks[label] = ceil_div(blocks[label], 2)
     return blocks
 
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hyperkernels.backends import check_backend
 from hyperkernels.nn.ambient import context as ambient_context
 from hyperkernels.nn.linear import HyperLinear
+from hyperkernels.planner import check_order
 
+Kind = TypeVar("Kind", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
 READS_WEIGHTS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class HyperConfig:
-    """What `hyperize_` builds: the keywords of `HyperLinear`. `bias` None keeps a layer's own choice."""
+    """What `hyperize_` builds: the keywords of `HyperLinear`. `bias` None keeps a layer's own choice.
+
+    Raises:
+        ValueError: an unknown order or backend.
+    """
 
     chunk: tuple[int, int] | None = None
     width: int = 32
@@ -25,6 +33,10 @@ class HyperConfig:
     bias: bool | str | None = None
     order: str | None = None
     backend: str | None = None
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+        check_backend(self.backend)
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class SwappedLayer:
 
 @dataclass
 class SwapReport:
-    """Every layer swapped, and every linear layer left as it was with the reason; `print` it."""
+    """Every layer swapped, and every layer with a weight matrix left as it was, with the reason; `print` it."""
 
     swapped: list[SwappedLayer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -46,14 +58,16 @@ class SwapReport:
     def __str__(self) -> str:
         before = sum(layer.parameters_before for layer in self.swapped)
         after = sum(layer.parameters for layer in self.swapped)
-        lines = [f"swapped {len(self.swapped)} layers: {before:,} parameters became {after:,}"]
+        lines = [f"layers swapped: {len(self.swapped)}, {before:,} parameters became {after:,}"]
         for layer in self.swapped:
             (N, K), (rows, cols) = layer.shape, layer.chunk
             lines.append(
                 f"  {layer.name}: {N}x{K} in chunks of {rows}x{cols}, "
                 f"{layer.parameters_before:,} -> {layer.parameters:,} parameters"
+                + ", more than before"
+                * (layer.parameters > layer.parameters_before)
             )
-        lines.append(f"skipped {len(self.skipped)} layers")
+        lines.append(f"layers skipped: {len(self.skipped)}")
         lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -86,7 +100,7 @@ def hyperize_(model: nn.Module, config: HyperConfig | None = None, filter_fn: Fi
     config = HyperConfig() if config is None else config
     if not isinstance(config, HyperConfig):
         raise TypeError(f"config: got {type(config).__name__}, wanted a HyperConfig")
-    report, built = SwapReport(), {}
+    report, built = SwapReport(skipped=_other_matrices(model)), {}
     names = _names(model, nn.Linear)
     for layer, found in names.items():
         reason = _reason_to_skip(model, layer, found, filter_fn)
@@ -112,6 +126,16 @@ def hyperize_(model: nn.Module, config: HyperConfig | None = None, filter_fn: Fi
     return report
 
 
+def _other_matrices(model: nn.Module) -> dict[str, str]:
+    """Layers that hold a matrix and are not `nn.Linear`: nobody should wonder why they were not swapped."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Linear, nn.Embedding)):
+            found[name] = f"it is a {type(module).__name__}, not an nn.Linear"
+    return found
+
+
 def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
     """Put an `nn.Linear` with the generated weight in the place of every `HyperLinear` of `model`, in place.
 
@@ -123,9 +147,10 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
     Returns:
         The model.
 
-    Memory: this forms the weights, one layer at a time, and keeps them.
+    Memory: this forms all the weights, and keeps them, trainable.
 
     Raises:
+        TypeError: model is no module.
         ValueError: a conditional layer finds no context, or more than one. Nothing has been merged then.
 
     Example:
@@ -137,6 +162,8 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
           (1): ReLU()
         )
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     names = _names(model, HyperLinear)
     if context is None:
         built = {layer: layer.to_linear() for layer in names}
@@ -151,9 +178,9 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
     return model
 
 
-def _names(model: nn.Module, kind: type[nn.Module]) -> dict:
+def _names(model: nn.Module, kind: type[Kind]) -> dict[Kind, list[str]]:
     """Each module of a kind, with every name it goes by."""
-    names: dict[nn.Module, list[str]] = {}
+    names: dict[Kind, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, kind):
             names.setdefault(module, []).append(name)
@@ -202,4 +229,7 @@ def _hyper_linear_like(layer: nn.Linear, config: HyperConfig) -> HyperLinear:
         dtype=layer.weight.dtype,
     )
     new.order, new.backend = config.order, config.backend
-    return new.train(layer.training).requires_grad_(layer.weight.requires_grad)
+    new.train(layer.training).requires_grad_(layer.weight.requires_grad)
+    if new.bias is not None and layer.bias is not None:
+        new.bias.requires_grad_(layer.bias.requires_grad)
+    return new

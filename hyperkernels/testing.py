@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +53,20 @@ def assert_no_worse_than_eager(name: str, value: Tensor, eager: Tensor, exact: T
         assert mine <= 2 * eagers + floor, f"{name}: {kind} error {mine:.2e}, eager's {eagers:.2e}, floor {floor:.0e}"
 
 
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's C++ side writes notes to file descriptor 2, whatever Python does."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     """The most that tensors held at once during `call`, beyond what was held before it.
 
@@ -64,7 +81,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     profiler: Any = record.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -42,6 +42,9 @@ BAD = {
         r"out_features: got 11, wanted 6 to 10: hidden has 2 chunks of 5 rows",
         keywords={"out_features": 11},
     ),
+    "out_features_a_float": Bad(
+        TypeError, r"out_features: got 8\.0, wanted an integer", keywords={"out_features": 8.0}
+    ),
     "hidden_one_dimension": Bad(ValueError, r"hidden: got shape \[4\], wanted \[I, J, m\]", hidden=torch.randn(4)),
     "hidden_other_dtype": Bad(TypeError, r"hidden: got torch.float64, wanted x's dtype", hidden=HIDDEN.double()),
     "hidden_no_chunk": Bad(ValueError, r"at least one chunk", hidden=torch.randn(0, 3, 4)),
@@ -133,6 +136,8 @@ def test_generate_weight():
         hk.generate_weight(HIDDEN, HEAD, (10, 19))
     with pytest.raises(ValueError, match="shape: got 11, wanted 6 to 10"):
         hk.generate_weight(HIDDEN, HEAD, (11, 18))
+    with pytest.raises(TypeError, match=r"shape: got 10\.5, wanted an integer"):
+        hk.generate_weight(HIDDEN, HEAD, (10.5, 18))
     with pytest.raises(ValueError, match=r"shape: got \(10,\), wanted \(N, K\)"):
         hk.generate_weight(HIDDEN, HEAD, (10,))
     with pytest.raises(ValueError, match="head_bias: got shape"):
@@ -179,7 +184,28 @@ def test_contexts_of_a_layer():
         hk.HyperLinear(8, 8, width=4)(x, torch.randn(5, 3))
 
 
+@pytest.mark.parametrize("width", [7, 9, 1])
+def test_x_of_another_width_than_the_layers(width):
+    layer = hk.HyperLinear(8, 8, width=4, chunk=(4, 16))  # the grid alone would take 1 to 16
+    with pytest.raises(ValueError, match=rf"x: got shape \[5, {width}\], wanted \[\*, 8\]"):
+        layer(torch.randn(5, width))
+
+
+def test_dtypes_of_a_layer():
+    layer = hk.HyperLinear(8, 8, context_features=3, width=4)
+    with pytest.raises(TypeError, match=r"x: got torch.float64, wanted the layer's dtype torch.float32"):
+        layer(torch.randn(5, 8).double(), torch.randn(3))
+    with pytest.raises(TypeError, match=r"context: got torch.float64, wanted the layer's dtype"):
+        layer(torch.randn(5, 8), torch.randn(3).double())
+    with pytest.raises(TypeError, match=r"x: got torch\.int64"):
+        layer(torch.ones(5, 8).long(), torch.randn(3))
+    with pytest.raises(TypeError, match=r"hypernet: got function, wanted a torch\.nn\.Module"):
+        hk.HyperLinear(8, 8, hypernet=lambda z: z)
+
+
 def test_explain():
+    with pytest.raises(ValueError, match="context_ids: got values from 0 to 9"):
+        hk.explain(hk.hyper_linear, X, PER_CONTEXT, HEAD, **ids(0, 0, 0, 0, 0, 0, 9))
     with pytest.raises(TypeError, match="target: got Linear, wanted a hyper layer"):
         hk.explain(torch.nn.Linear(2, 2), X)
     with pytest.raises(ValueError, match="x: got last size 2"):

@@ -24,13 +24,17 @@ def test_readme_holds_the_saved_results():
     assert report.in_readme(readme, results) == readme, "run `make readme`"
 
 
-def test_report(tmp_path):
-    saved = ROOT / "benchmarks/results/cpu.json"
-    (tmp_path / "cpu.json").write_text(saved.read_text())
+@pytest.mark.parametrize(("factor", "code"), [(0.001, 0), (1e6, 1)], ids=["reached", "missed"])
+def test_report(tmp_path, factor, code):
+    results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    for bench in results["benchmarks"]:
+        if "faster" in bench["extra_info"]:
+            bench["extra_info"] |= {"faster": {"materialise": factor}, "smaller": {}}
+    (tmp_path / "cpu.json").write_text(json.dumps(results))
     result = run("benchmarks/report.py", tmp_path / "cpu.json")
-    assert result.returncode in (0, 1), result.stderr
+    assert result.returncode == code, result.stderr
+    assert ("MISSED" in result.stdout) == (code == 1)
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
-    assert ("MISSED" in result.stdout) == (result.returncode == 1)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"benchmarks": ['])

@@ -100,12 +100,30 @@ def test_activations(activation, contexts):
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_to_the_third_derivative(activation):
+    problem = make_problem("additive_per_entry", Grid(3, 2, 2, 1), activation=activation, tokens=1)
+
+    def third(**keywords):
+        value = problem.call(*problem.tensors, **keywords).sin().sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(value, problem.tensors, create_graph=True, allow_unused=True)
+            value = sum(g.square().sum() for g in grads if g is not None)
+        return value
+
+    torch.testing.assert_close(third(), third(backend="reference"))
+
+
 @pytest.mark.parametrize("per_chunk_heads", [False, True], ids=["shared_head", "per_chunk_heads"])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-def test_head_bias(grid, per_chunk_heads):
-    problem = make_problem("per_entry", grid, 3, head_bias=True, per_chunk_heads=per_chunk_heads)
-    y, wanted = problem.call(*problem.tensors), problem.call(*problem.tensors, backend="reference")
-    torch.testing.assert_close(y, wanted)
+@pytest.mark.parametrize("contexts", ["shared", "per_entry", "additive_ids"])
+def test_head_bias(contexts, grid, per_chunk_heads):
+    problem = make_problem(contexts, grid, 3, head_bias=True, per_chunk_heads=per_chunk_heads)
+    dy = torch.randn_like(problem.call(*problem.tensors))
+    for got, wanted in zip(
+        gradients(problem, problem.tensors, dy), gradients(problem, problem.tensors, dy, backend="reference")
+    ):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_bias_for_all_and_per_context():

@@ -88,16 +88,40 @@ def test_a_static_layer_ignores_the_ambient_context():
         assert torch.equal(layer(x), layer(x))
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["conditional", "conditional_generated_bias"])
 def test_context_ids(kind):
-    layer, _, z = make(kind)
-    if z is None:
-        return
+    layer, _, z = make(KINDS[kind])
     x, ids = torch.randn(9, 2, 30), torch.tensor([6, 0, 0, 1, 6, 6, 3, 3, 3])
     wanted = torch.stack([layer.to_linear(z[g])(x[n]) for n, g in enumerate(ids)])
     torch.testing.assert_close(layer(x, z, ids), wanted)
     with hk.context(z, ids):
         torch.testing.assert_close(layer(x), wanted)
+
+
+@kinds
+def test_empty_batches(kind):
+    layer, _, z = make(kind)
+    y = layer(torch.randn(7, 0, 30), z)
+    y.sum().backward()
+    assert y.shape == (7, 0, 20)
+    if z is not None:
+        assert layer(torch.randn(0, 30), z[:0]).shape == (0, 20)
+
+
+def test_a_meta_layer_can_be_called():
+    for kind in KINDS.values():
+        layer, x, z = make(kind, device="meta")
+        y = layer(x.to("meta"), None if z is None else z.to("meta"))
+        assert (y.shape, y.device.type) == ((7, 3, 20), "meta")
+
+
+def test_a_hypernetwork_that_returns_zeros_gives_finite_heads():
+    class Zeros(nn.Module):
+        def forward(self, z):
+            return torch.zeros(3, 2, 4)
+
+    layer = hk.HyperLinear(10, 9, chunk=(3, 5), width=4, hypernet=Zeros())
+    assert layer.head.isfinite().all()
 
 
 def test_one_context_for_all():

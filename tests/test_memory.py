@@ -69,6 +69,28 @@ def test_the_workspace_is_bounded_by_its_setting(device):
             assert peaks[2] < peaks[64] or peaks[64] <= 2 * MIB
 
 
+def test_the_workspace_is_bounded_when_one_context_has_all_the_tokens(device):
+    """20,000 contexts, and every entry asks for the first."""
+    n = 20_000
+    hidden = hk.AdditiveHidden(*(torch.randn(*s, device=device) for s in ((n, 16), (32, 8, 16))), "tanh")
+    x, head = torch.randn(n, 512, device=device), torch.randn(16, 16, 64, device=device)
+    ids = torch.zeros(n, dtype=torch.int64, device=device)
+    peak = peak_bytes(lambda: hk.hyper_linear(x, hidden, head, context_ids=ids), device)
+    indices, y = 5 * 8 * n, 4 * 512 * n
+    assert peak <= y + indices + 64 * MIB
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_per_chunk_heads_and_cropped_edges_keep_to_the_workspace(order, device):
+    hidden = torch.randn(16, 16, 16, 8, device=device)
+    head, x = torch.randn(256, 8, 64, 64, device=device), torch.randn(16, 64, 1000, device=device)
+    with torch.no_grad():
+        peak = peak_bytes(lambda: hk.hyper_linear(x, hidden, head, out_features=1001, order=order), device)
+    y = 16 * 64 * 1024 * 4
+    assert peak <= 2 * y + 64 * MIB
+    assert peak < 16 * 1000 * 1001 * 4  # the weights
+
+
 def test_the_reference_does_form_them(device):
     """The measurement can fail: the materialised call shows every weight."""
     x, hidden, head = arguments(device, 4, False, 2)

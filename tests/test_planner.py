@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +29,15 @@ def test_flops_are_designs_formulas(contexts, slot):
         "head_first": 2 * B * K * m * rows + 2 * B * N * J * m,
         "hidden_first": 2 * B * K * I * m + 2 * B * N * m * cols,
     }
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_flops_with_ids_count_the_tokens_there_are(order):
+    N, K, rows, cols, m, G, entries, T = 96, 64, 8, 16, 4, 64, 65, 3
+    call = Call(Grid(N, K, rows, cols), m, G, entries, T, mapped=True)
+    one_per_entry = Call(Grid(N, K, rows, cols), m, 1, 1, entries * T)
+    extra = 2 * (G - 1) * N * K * m if order == "generate" else 0
+    assert flops(call, "y")[order] == flops(one_per_entry, "y")[order] + extra
 
 
 def test_backward_forms_one_twin_for_two_gradients():
@@ -83,7 +91,7 @@ def test_a_forced_order_is_kept_for_every_output(order):
 @pytest.mark.parametrize("order", ORDERS)
 def test_blocks_fit_their_cache_level(order, activation, per_chunk_heads):
     call = LARGE._replace(contexts=64, entries=64, tokens=512, activation=activation, per_chunk_heads=per_chunk_heads)
-    blocks = block_sizes(call, order)
+    blocks = block_sizes(call, order, call.sizes)
     assert formed_bytes(call, order, blocks) <= 4 << 20
     assert passing_bytes(call, blocks) <= 32 << 20
     assert all(1 <= blocks[label] <= size for label, size in call.sizes.items())
@@ -147,10 +155,3 @@ def test_explain_what_runs():
 
 def replace_leaves(arguments):
     return {k: v.detach().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-
-
-def test_a_frozen_plan_cannot_be_changed():
-    plan = plan_contraction(LARGE, ("y",))
-    assert replace(plan, forced=True).forced
-    with pytest.raises(AttributeError):
-        plan.forced = True

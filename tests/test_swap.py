@@ -49,8 +49,17 @@ def test_the_filter_and_the_report():
     layer = report.swapped[0]
     assert (layer.name, layer.shape, layer.parameters_before) == ("0", (32, 16), 16 * 32 + 32)
     assert layer.parameters == sum(p.numel() for p in model[0].parameters())
-    for words in ("swapped 2 layers", "0: 32x16 in chunks of", "3: filter_fn said no"):
+    for words in ("layers swapped: 2", "0: 32x16 in chunks of", "3: filter_fn said no"):
         assert words in str(report)
+
+
+def test_other_layers_with_matrices_are_named_and_growth_is_said():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4), nn.RNNCell(4, 4))
+    model.add_module("conv", nn.Conv1d(4, 4, 1))
+    model[1].weight = nn.Parameter(torch.randn(4, 4))
+    report = hk.hyperize_(model, hk.HyperConfig(width=8))
+    assert report.skipped == {"1": "it is a Bilinear, not an nn.Linear"}
+    assert ", more than before" in str(report)
 
 
 def test_what_is_left_alone_and_why():
@@ -111,11 +120,12 @@ def test_conditional_layers_and_merge_for_one_context():
 def test_keeps_dtype_mode_and_frozen_parameters():
     model = mlp().to(torch.bfloat16).eval()
     model[0].requires_grad_(False)
+    model[3].bias.requires_grad_(False)
     hk.hyperize_(model, hk.HyperConfig(width=4, backend="torch", order="head_first"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any(m.training for m in model.modules())
     assert not any(p.requires_grad for p in model[0].parameters())
-    assert all(p.requires_grad for p in model[3].parameters())
+    assert [n for n, p in model[3].named_parameters() if not p.requires_grad] == ["bias"]
     assert (model[0].backend, model[0].order) == ("torch", "head_first")
 
 
@@ -126,6 +136,11 @@ def test_nothing_changes_when_it_raises():
         hk.hyperize_(model, hk.HyperConfig(chunk=(0, 1)))
     with pytest.raises(TypeError, match="model: got list"):
         hk.hyperize_([model])
+    for keywords in ({"order": "fast"}, {"backend": "gpu"}):
+        with pytest.raises(ValueError, match=r"(order|backend): got"):
+            hk.HyperConfig(**keywords)
+    with pytest.raises(TypeError, match="model: got str"):
+        hk.merge_("model")
     with pytest.raises(TypeError, match="config: got dict"):
         hk.hyperize_(model, {"width": 4})
 

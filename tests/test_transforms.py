@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from conftest import CONTEXTS, make_problem
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -94,6 +97,66 @@ def test_compile_without_graph_break(contexts, dynamic):
     )
 
 
+@cases()
+@pytest.mark.parametrize("transform", [grad, jacrev, vmap])
+def test_transforms_inside_a_compiled_function(transform, contexts):
+    torch._dynamo.reset()
+    problem = make_problem(contexts, Grid(6, 8, 3, 4), tokens=2)
+    tensors = [v.detach() for v in problem.tensors]
+    numbers = tuple(range(len(tensors)))
+    if transform is vmap:
+        tensors = [torch.stack([v, -v]) for v in tensors]
+        run = vmap(problem.call)
+    else:
+        run = transform(scalar(problem), numbers)
+    assert_same(torch.compile(run, fullgraph=True, backend="eager")(*tensors), run(*tensors))
+
+
+def right_or_raises(run, wanted):
+    """Forward mode through a graph: its tangent, or NotImplementedError, never zeros."""
+    torch._dynamo.reset()
+    with contextlib.suppress(NotImplementedError, torch._dynamo.exc.TorchDynamoException):
+        torch.testing.assert_close(run(), wanted)
+
+
+@cases(("shared", "additive_ids"))
+def test_forward_mode_through_a_graph_is_right_or_raises(contexts):
+    problem = make_problem(contexts)
+    tensors = tuple(v.detach() for v in problem.tensors)
+    tangents = tuple(torch.randn_like(v) for v in tensors)
+    wanted = jvp(problem.call, tensors, tangents)[1]
+
+    def compiled(fullgraph):
+        return lambda *v: torch.compile(problem.call, backend="eager", fullgraph=fullgraph)(*v)
+
+    def dual():
+        with forward_ad.dual_level():
+            y = compiled(True)(*(forward_ad.make_dual(v, t) for v, t in zip(tensors, tangents)))
+            tangent = forward_ad.unpack_dual(y).tangent
+            return torch.zeros_like(y) if tangent is None else tangent
+
+    for fullgraph in (False, True):
+        whole = torch.compile(lambda *v: jvp(problem.call, v, tangents), backend="eager", fullgraph=fullgraph)
+        right_or_raises(lambda whole=whole: whole(*tensors)[1], wanted)
+        right_or_raises(lambda fullgraph=fullgraph: jvp(compiled(fullgraph), tensors, tangents)[1], wanted)
+    right_or_raises(dual, wanted)
+
+
+def test_forward_mode_through_an_exported_layer_raises():
+    layer, x = hk.HyperLinear(20, 10, width=4), torch.randn(4, 20)
+    program = torch.export.export(layer, (x,)).module()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        jvp(program, (x,), (x,))
+
+
+def test_vmap_over_context_ids():
+    hidden, head, x = torch.randn(3, 2, 2, 4), torch.randn(4, 5, 5), torch.randn(6, 10)
+    ids = torch.randint(3, (7, 6))
+    got = vmap(lambda ids: hk.hyper_linear(x, hidden, head, context_ids=ids))(ids)
+    wanted = torch.stack([hk.hyper_linear(x, hidden, head, context_ids=row) for row in ids])
+    torch.testing.assert_close(got, wanted)
+
+
 def test_compile_with_inductor():
     torch._dynamo.reset()
     layer = hk.HyperLinear(20, 10, context_features=3, width=4, bias="generated")
@@ -126,6 +189,16 @@ def test_export_with_a_dynamic_batch():
     x = torch.randn(9, 20)
     torch.testing.assert_close(program.module()(x), layer(x))
     assert "hyperkernels.contract" in str(program.graph)
+
+
+def test_export_a_conditional_layer_with_ids():
+    layer = hk.HyperLinear(20, 10, context_features=3, width=4, bias="generated")
+    batch = torch.export.Dim("batch")
+    arguments = (torch.randn(4, 20), torch.randn(2, 3), torch.tensor([0, 1, 1, 0]))
+    shapes = {"x": {0: batch}, "context": None, "context_ids": {0: batch}}
+    program = torch.export.export(layer, arguments, dynamic_shapes=shapes)
+    others = (torch.randn(7, 20), torch.randn(2, 3), torch.tensor([1, 0, 0, 1, 1, 1, 0]))
+    torch.testing.assert_close(program.module()(*others), layer(*others))
 
 
 @pytest.mark.parametrize("wanted", [["y"], ["hidden", "head", "x"], ["x"], ["head"]], ids="-".join)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperkernels.backends import reference, torch_matmul
 from hyperkernels.planner import Call, Plan, check_order
 
-Contract = Callable[[Call, Plan, dict[str, Tensor], Tensor | None, Tensor | None], Sequence[Tensor]]
+Contract = Callable[[Call, Plan, dict[str, Tensor], Tensor | None], Sequence[Tensor]]
 
 
 class Backend(NamedTuple):
@@ -28,6 +28,11 @@ BACKENDS: dict[str, Backend] = {
 PREFERENCE = ("torch",)
 
 
+def check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(BACKENDS)}")
+
+
 def choose_backend(call: Call, order: str | None = None, backend: str | None = None) -> tuple[str, dict[str, str]]:
     """`(name, {backend ruled out: why})`: the forced backend if it can do the call, else the first of `PREFERENCE`
     that can.
@@ -36,8 +41,7 @@ def choose_backend(call: Call, order: str | None = None, backend: str | None = N
         ValueError: the forced order or backend is unknown, or the backend cannot do the call.
     """
     check_order(order)
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     names = PREFERENCE if backend is None else (backend,)
     ruled_out: dict[str, str] = {}
     for name in names:

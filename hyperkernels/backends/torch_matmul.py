@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hyperkernels.chunking import from_chunks, to_chunks
+from hyperkernels.chunking import ceil_div, to_chunks
 from hyperkernels.hidden import ACTIVATIONS, additive_pre
-from hyperkernels.planner import PAIRS, Call, Plan, Step
+from hyperkernels.planner import PAIRS, Call, Plan, Step, block_sizes, result_names, slot_of, split_labels
 
 Block = dict[str, slice]
 
@@ -35,14 +34,12 @@ class Group(NamedTuple):
     sizes: dict[str, int]
 
 
-def contract(
-    call: Call, plan: Plan, factors: dict[str, Tensor], chunks: Tensor | None, context_ids: Tensor | None
-) -> list[Tensor]:
+def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Tensor | None) -> list[Tensor]:
     """The partials of phi by `plan.wanted`, in that order; with an activation the hidden one is (dcontext, dchunks)."""
-    run = _Run(call, plan, factors, chunks)
+    run = _Run(call, plan, factors)
     for group in _groups(call, context_ids):
         for step in plan.steps:
-            for block in _blocks(step, group.sizes):
+            for block in _blocks(call, step, group.sizes):
                 run.block(step, group, block)
     return run.results()
 
@@ -64,13 +61,12 @@ def _groups(call: Call, context_ids: Tensor | None) -> Iterator[Group]:
             yield Group(contexts, rows, call.sizes | {"g": len(contexts), "t": rows.shape[1]})
 
 
-def _blocks(step: Step, sizes: dict[str, int]) -> Iterator[Block]:
-    """The grid of blocks; a group of more or fewer tokens than planned keeps the planned block of rows x contexts."""
-    split = dict(step.blocks)
+def _blocks(call: Call, step: Step, sizes: dict[str, int]) -> Iterator[Block]:
     ranges = []
-    for label, size in split.items():
-        count = ceil(sizes[label] / size)
-        ranges.append([(label, slice(n * size, min((n + 1) * size, sizes[label]))) for n in range(count)])
+    for label, size in block_sizes(call, step.order, sizes).items():
+        if size < sizes[label]:
+            starts = (n * size for n in range(ceil_div(sizes[label], size)))
+            ranges.append([(label, slice(start, min(start + size, sizes[label]))) for start in starts])
     for choice in product(*ranges):
         yield dict(choice)
 
@@ -78,44 +74,46 @@ def _blocks(step: Step, sizes: dict[str, int]) -> Iterator[Block]:
 class _Run:
     """One call: its factors, its outputs as they fill, and where a block lies in each."""
 
-    def __init__(self, call: Call, plan: Plan, factors: dict[str, Tensor], chunks: Tensor | None) -> None:
+    def __init__(self, call: Call, plan: Plan, factors: dict[str, Tensor]) -> None:
         self.call, self.plan, self.labels, self.grid = call, plan, call.labels, call.grid
         self.activation = ACTIVATIONS[call.activation] if call.activation else None
-        self.factors = {slot: self._in_place(slot, factor) for slot, factor in factors.items()}
-        self.chunks = chunks
-        grid, m, device = call.grid, call.width, next(iter(factors.values())).device
-        lead = (call.entries * call.tokens,) if call.mapped else (call.entries, call.tokens)
-        shapes = {
-            "y": (*lead, grid.I, grid.rows),
-            "x": (*lead, grid.J, grid.cols),
-            "hidden": (call.contexts, m) if self.activation else (call.contexts, grid.I, grid.J, m),
-            "head": (grid.I, grid.J, m, grid.rows, grid.cols) if call.per_chunk_heads else (m, grid.rows, grid.cols),
-            "chunks": (grid.I, grid.J, m),
+        self.factors = {name: self._in_place(name, factor) for name, factor in factors.items()}
+        grid, device = call.grid, next(iter(factors.values())).device
+        padded = {
+            "y": (call.entries, call.tokens, grid.I * grid.rows),
+            "x": (call.entries, call.tokens, grid.J * grid.cols),
         }
         wide = torch.promote_types(call.dtype, torch.float32)
         self.outputs: dict[str, Tensor] = {}
-        for slot in plan.wanted:
-            for name in (slot, "chunks") if slot == "hidden" and self.activation else (slot,):
-                once = self._written_once(slot)
-                create, dtype = (torch.empty, call.dtype) if once else (torch.zeros, wide)
-                self.outputs[name] = create(shapes[name], dtype=dtype, device=device)
+        self.written_once: set[str] = set()
+        for name in result_names(plan.wanted, call.activation):
+            shape = padded.get(name) or call.shape(name)
+            if self._is_written_once(slot_of(name)):
+                self.written_once.add(name)
+                output = torch.empty(shape, dtype=call.dtype, device=device)
+            else:
+                output = torch.zeros(shape, dtype=wide, device=device)
+            self.outputs[name] = self._in_place(name, output)
 
-    def _in_place(self, slot: str, factor: Tensor) -> Tensor:
-        """A view (x and y by rows where rows are gathered, a head per chunk on its grid)."""
-        if slot in "xy" and self.call.mapped:
-            return factor.flatten(0, 1)
-        if slot == "head" and self.call.per_chunk_heads:
-            return factor.unflatten(0, (self.grid.I, self.grid.J))
-        return factor
+    def _in_place(self, name: str, tensor: Tensor) -> Tensor:
+        """A view: x and y by rows where rows are gathered, a head per chunk on its grid."""
+        if name in ("x", "y") and self.call.mapped:
+            return tensor.flatten(0, 1)
+        if name == "head" and self.call.per_chunk_heads:
+            return tensor.unflatten(0, (self.grid.I, self.grid.J))
+        return tensor
 
-    def _written_once(self, slot: str) -> bool:
+    def _is_written_once(self, slot: str) -> bool:
         """Whether each element is the business of exactly one block, so that nothing need be zero to begin with."""
-        if not (self.call.entries and self.call.tokens):
+        call = self.call
+        if not (call.entries and call.tokens) or (slot in ("hidden", "head") and (call.mapped or self.activation)):
             return False
-        if slot in ("hidden", "head") and (self.call.mapped or self.activation):
-            return False
-        step = next(step for step in self.plan.steps if slot in step.outputs)
-        return all(label in self.labels[slot] for label, _ in step.blocks)
+        order, sizes = self.plan.order_of(slot), call.sizes
+        if call.mapped:  # each group of contexts has blocks of its own
+            split = set(split_labels(call, order)) | {"g", "t"}
+        else:
+            split = {label for label, size in block_sizes(call, order, sizes).items() if size < sizes[label]}
+        return split <= set(self.labels[slot])
 
     def block(self, step: Step, group: Group, block: Block) -> None:
         labels = self.labels
@@ -135,57 +133,52 @@ class _Run:
     def _lead(self, slot: str, group: Group, block: Block) -> tuple[slice | Tensor, ...]:
         """Index of the block along the leading dimensions of `slot`: contexts, or contexts and tokens, or rows."""
         g, t = block.get("g", slice(None)), block.get("t", slice(None))
-        if slot in ("x", "y"):
-            return (g, t) if group.rows is None else (group.rows[g, t],)
-        return (g,) if group.contexts is None else (group.contexts[g],)
+        if slot == "head":
+            return ()
+        if slot == "hidden":
+            return (g,) if group.contexts is None else (group.contexts[g],)
+        return (g, t) if group.rows is None else (group.rows[g, t],)
 
     def _tail(self, slot: str, block: Block) -> tuple[slice, ...]:
         return tuple(block.get(label, slice(None)) for label in self.labels[slot] if label not in "gt")
 
+    def _chunked(self, slot: str, tensor: Tensor) -> Tensor:
+        return to_chunks(tensor, self.grid.cols if slot == "x" else self.grid.rows) if slot in ("x", "y") else tensor
+
     def _fetch(self, slot: str, group: Group, block: Block) -> Tensor:
-        factor, tail = self.factors[slot], self._tail(slot, block)
+        lead, tail = self._lead(slot, group, block), self._tail(slot, block)
+        if slot == "hidden" and self.activation:
+            return self.activation.apply_(self._pre(lead, tail))
+        factor = self.factors[slot]
         if slot == "head":
             return factor[tail]
-        factor = factor[self._lead(slot, group, block)]
-        if slot in ("x", "y"):
-            return to_chunks(factor, self.grid.cols if slot == "x" else self.grid.rows)[(..., *tail)]
-        if self.activation:
-            return self.activation.apply_(self._pre(factor, tail))
-        return factor[(slice(None), *tail)]
+        return self._chunked(slot, factor[lead])[(..., *tail)]
 
-    def _pre(self, context: Tensor, tail: tuple[slice, ...]) -> Tensor:
-        assert self.chunks is not None
-        return additive_pre(context, self.chunks[tail])
+    def _pre(self, lead: tuple[slice | Tensor, ...], tail: tuple[slice, ...]) -> Tensor:
+        return additive_pre(self.factors["hidden"][lead], self.factors["chunks"][tail])
 
     def _store(self, slot: str, group: Group, block: Block, partial: Tensor) -> None:
-        tail = self._tail(slot, block)
-        if slot == "head":
-            self._add(slot, tail, partial)
-            return
-        lead = self._lead(slot, group, block)
+        lead, tail = self._lead(slot, group, block), self._tail(slot, block)
         if slot == "hidden" and self.activation:
-            dpre = self.activation.grad(partial, self._pre(self.factors["hidden"][lead], tail))
+            dpre = self.activation.grad(partial, self._pre(lead, tail))
             wide = self.outputs["chunks"].dtype
             self._add("hidden", lead, dpre.sum((1, 2), dtype=wide))
             self._add("chunks", tail, dpre.sum(0, dtype=wide))
-            return
-        self._add(slot, (*lead, *tail), partial)
+        else:
+            self._add(slot, (*lead, *tail), partial)
 
     def _add(self, name: str, index: tuple[slice | Tensor, ...], partial: Tensor) -> None:
-        out = self.outputs[name]
-        if self._written_once("hidden" if name == "chunks" else name):
+        out = self._chunked(name, self.outputs[name])
+        if name in self.written_once:
             out[index] = partial
         else:
             out[index] += partial
 
     def results(self) -> list[Tensor]:
-        call, grid = self.call, self.grid
-        extent = {"y": grid.out_features, "x": grid.in_features}
+        call = self.call
         results = []
-        for slot, out in self.outputs.items():
-            if slot in extent:
-                out = from_chunks(out, extent[slot]).reshape(call.entries, call.tokens, extent[slot])
-            elif slot == "head" and call.per_chunk_heads:
-                out = out.flatten(0, 1)
-            results.append(out.to(call.dtype).contiguous())
+        for name, out in self.outputs.items():
+            whole = out.unflatten(0, (call.entries, call.tokens)) if name in ("x", "y") and call.mapped else out
+            cropped = whole[tuple(slice(size) for size in call.shape(name))] if name in ("x", "y") else whole
+            results.append(cropped.reshape(call.shape(name)).to(call.dtype).contiguous())
         return results

@@ -25,7 +25,9 @@ def context(z: Tensor, context_ids: Tensor | None = None) -> Iterator[None]:
         z: `[G, context_features]`, or `[context_features]` for one context.
         context_ids: as for `hyper_linear`: which context each leading entry of a layer's input uses.
 
-    Nests (the inner one counts), and belongs to the thread that entered it. Static layers ignore it.
+    Nests (the inner one counts), and belongs to the thread that entered it. Static layers ignore it. What is
+    recomputed after the block has ended (`torch.utils.checkpoint` around a layer) finds no context there: enter
+    `context` inside the checkpointed function, or pass z to the layer.
 
     Raises:
         TypeError: z is no floating tensor.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperkernels.chunking import Grid
+from hyperkernels.form import autocast_enabled
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import check_context, current_context
@@ -30,7 +31,8 @@ class HyperLinear(nn.Module):
         chunk: `(rows, cols)`; by default the cheapest that does not limit the rank (`planner.default_chunk`).
         width: m, the width of the hypernetwork's last hidden layer.
         hypernet: any module that maps z (or None) to hidden `[I, J, m]`, `[G, I, J, m]` or `AdditiveHidden`, with
-            a column of chunks more (`J + 1`) where the bias is generated. By default a `Trunk` of its own.
+            a column of chunks more (`J + 1`) where the bias is generated. Called a few times at construction, to
+            scale the head by what it returns. By default a `Trunk` of its own.
         device, dtype: of the parameters.
 
     Call:
@@ -45,7 +47,7 @@ class HyperLinear(nn.Module):
     Raises:
         ValueError: a size below 1; no context where one is needed, or one for a static layer; a context or x of
             the wrong size.
-        TypeError: x or the context is not floating.
+        TypeError: x or the context is not of the layer's dtype, or hypernet is no module.
 
     Example:
         >>> import torch, hyperkernels as hk
@@ -84,6 +86,8 @@ class HyperLinear(nn.Module):
         generated = bias == "generated"
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._owns_hypernet = hypernet is None
+        if hypernet is not None and not isinstance(hypernet, nn.Module):
+            raise TypeError(f"hypernet: got {type(hypernet).__name__}, wanted a torch.nn.Module")
         if hypernet is None:
             chunks = (self.grid.I, self.grid.J + generated)
             hypernet = Trunk(chunks, width, context_features=context_features, **factory)
@@ -102,7 +106,8 @@ class HyperLinear(nn.Module):
         """A new trunk (the layer's own; one that was passed in stays), and heads and bias to nn.Linear's variance."""
         if self._owns_hypernet:
             self.hypernet.reset_parameters()  # type: ignore[operator]
-        std = (3 * self.in_features * self.width * self._hidden_second_moment()).rsqrt()
+        moment = self._hidden_second_moment().clamp_min(1e-6)
+        std = (3 * self.in_features * self.width * moment).rsqrt()
         for head in (self.head, self.bias_head):
             if head is not None:
                 head.normal_().mul_(std.to(head.dtype))
@@ -137,10 +142,20 @@ class HyperLinear(nn.Module):
             if self.context_features is None:
                 raise ValueError("context: this layer is static: build it with context_features to condition it")
             context = check_context(context, "context", self.context_features)
+            self._check_dtype("context", context)
         return self.hypernet(context), context_ids
+
+    def _check_dtype(self, name: str, value: Tensor) -> None:
+        if value.dtype != self.head.dtype and not autocast_enabled(value.device.type):
+            raise TypeError(f"{name}: got {value.dtype}, wanted the layer's dtype {self.head.dtype}")
 
     def arguments(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `hyper_linear` that a call of the layer comes to."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: got shape {list(x.shape)}, wanted [*, {self.in_features}]")
+        self._check_dtype("x", x)
         hidden, ambient_ids = self.hidden(context)
         weight_hidden, bias = self._split_bias(hidden)
         return {
@@ -170,12 +185,12 @@ class HyperLinear(nn.Module):
         else:
             weight, last = hidden[..., :J, :], hidden[..., J:, :]
         contexts = hidden.shape[0] if len(hidden.shape) == 4 else 1
-        ones = self.bias_head.new_ones((contexts, 1) if contexts > 1 else (1,))
+        ones = self.bias_head.new_ones((contexts, 1) if contexts != 1 else (1,))
         return weight, hyper_linear(ones, last, self.bias_head, out_features=self.out_features)
 
     @torch.no_grad()
     def to_linear(self, context: Tensor | None = None) -> nn.Linear:
-        """The `nn.Linear` that this layer is, for one context: its weight formed."""
+        """The `nn.Linear` that this layer is, for one context: its weight formed, and trainable."""
         hidden, _ = self.hidden(context)
         contexts = hidden.shape[0] if len(hidden.shape) == 4 else 1
         if contexts != 1:
