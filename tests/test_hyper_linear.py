@@ -100,18 +100,26 @@ def test_activations(activation, contexts):
         torch.testing.assert_close(got, wanted)
 
 
+def third_derivative(problem, **keywords):
+    """Every gradient enters the next at once, where gradgradcheck takes them one by one."""
+    value = problem.call(*problem.tensors, **keywords).sin().sum()
+    for _ in range(3):
+        grads = torch.autograd.grad(value, problem.tensors, create_graph=True, allow_unused=True)
+        value = sum(g.square().sum() for g in grads if g is not None)
+    return value
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_to_the_third_derivative(activation):
     problem = make_problem("additive_per_entry", Grid(3, 2, 2, 1), activation=activation, tokens=1)
+    torch.testing.assert_close(third_derivative(problem), third_derivative(problem, backend="reference"))
 
-    def third(**keywords):
-        value = problem.call(*problem.tensors, **keywords).sin().sum()
-        for _ in range(3):
-            grads = torch.autograd.grad(value, problem.tensors, create_graph=True, allow_unused=True)
-            value = sum(g.square().sum() for g in grads if g is not None)
-        return value
 
-    torch.testing.assert_close(third(), third(backend="reference"))
+@pytest.mark.parametrize("contexts", CONTEXTS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_third_derivatives(order, contexts):
+    problem = make_problem(contexts, Grid(3, 2, 2, 1), tokens=1)
+    torch.testing.assert_close(third_derivative(problem, order=order), third_derivative(problem, backend="reference"))
 
 
 @pytest.mark.parametrize("per_chunk_heads", [False, True], ids=["shared_head", "per_chunk_heads"])

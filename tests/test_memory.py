@@ -54,8 +54,8 @@ def test_the_default_order_needs_less_than_one_weight(device):
 
 
 def test_the_workspace_is_bounded_by_its_setting(device):
-    leaves = arguments(device, 1, False, 4096)
-    y_bytes = 4096 * N * 4
+    leaves = arguments(device, 1, False, 1024)
+    y_bytes = 1024 * N * 4
     with torch.no_grad():
         for order in ORDERS:
             peaks = {}
