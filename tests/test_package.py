@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import hyperkernels as hk
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,17 @@ assert counter.get_total_flops() == 4, counter.get_total_flops()
 """
     for first in ("", "import torch.utils.flop_counter"):
         subprocess.run([sys.executable, "-c", code.format(first=first)], check=True)
+
+
+def test_the_readmes_examples_run(capsys):
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    assert len(blocks) == 4
+    names = {"torch": torch}
+    for block in blocks:
+        exec(block.split("```")[0], names)
+    x, hidden, head = torch.randn(5, 6), torch.randn(2, 3, 4), torch.randn(4, 5, 2)
+    torch.testing.assert_close(names["eager"](x, hidden, head), hk.hyper_linear(x, hidden, head))
+    assert "layers swapped: 2" in capsys.readouterr().out
 
 
 def test_every_public_name_has_a_docstring_and_is_there():
