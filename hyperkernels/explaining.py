@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hyperkernels.backends import BACKENDS, choose_backend
+from hyperkernels.call import OUTPUT, Call
 from hyperkernels.form import canonical_form
 from hyperkernels.functional import hyper_linear
 from hyperkernels.operators import check_context_ids
-from hyperkernels.planner import OUTPUT, Call, Cost, Plan, plan_contraction
+from hyperkernels.planner import Cost, Plan, plan_contraction
 
 
 @dataclass(frozen=True)

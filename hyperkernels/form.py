@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hyperkernels.call import Call
 from hyperkernels.chunking import Grid, ceil_div
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.planner import Call
 
 
 class Form(NamedTuple):

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hyperkernels.backends import BACKENDS, choose_backend
+from hyperkernels.call import Call, result_names
 from hyperkernels.chunking import Grid
-from hyperkernels.planner import Call, plan_contraction, result_names
+from hyperkernels.planner import plan_contraction
 
 library = torch.library.Library("hyperkernels", "DEF")
 library.define(

@@ -1,106 +1,19 @@
-"""Which order evaluates the form, at what cost, in blocks of what size: closed form, no timing at run time.
+"""Which order evaluates a call, at what cost, in blocks of what size: closed form, no timing at run time.
 
-The form is `phi = sum y[g,t,i,r] hidden[g,i,j,k] head[k,r,q] x[g,t,j,q]`, and every operation of the engine is the
-partial derivative of phi by one of the four slots. Four factors can be paired in three ways, and each way is an
-order of evaluation: one pair forms an intermediate, one member of the other pair consumes it, and what comes out
-belongs to the remaining slot.
-
-| order          | pairs                            | intermediate   |
-|----------------|----------------------------------|----------------|
-| `generate`     | (hidden, head) and (x, y)        | `[g,i,j,r,q]`  |
-| `head_first`   | (head, x) and (hidden, y)        | `[g,t,j,k,r]`  |
-| `hidden_first` | (hidden, x) and (head, y)        | `[g,t,i,k,q]`  |
-
-So an order is a program and its derivatives: head_first forms `t` from (head, x) for y and dhidden, and its twin
-from (hidden, dy) once for both dx and dhead.
+What an order is, and which intermediate it forms, is told in `call.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import NamedTuple
 
-import torch
-
+from hyperkernels.call import ORDERS, PAIRS, Call
 from hyperkernels.chunking import Grid, ceil_div
-
-SLOTS = ("y", "hidden", "head", "x")
-OUTPUT = {"y": "y", "hidden": "dhidden", "head": "dhead", "x": "dx"}
-PAIRS = {
-    "generate": (("hidden", "head"), ("x", "y")),
-    "head_first": (("head", "x"), ("hidden", "y")),
-    "hidden_first": (("hidden", "x"), ("head", "y")),
-}
-ORDERS = tuple(PAIRS)
-
-
-class Call(NamedTuple):
-    """Everything a plan depends on. `entries` leading entries of x hold `tokens` rows each; without `mapped`,
-    entry g uses context g, so a context shared by all is one entry that holds every token."""
-
-    grid: Grid
-    width: int
-    contexts: int
-    entries: int
-    tokens: int
-    per_chunk_heads: bool = False
-    mapped: bool = False
-    activation: str = ""
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-
-    @property
-    def labels(self) -> dict[str, str]:
-        head = "ijkrq" if self.per_chunk_heads else "krq"
-        return {"y": "gtir", "hidden": "gijk", "head": head, "x": "gtjq"}
-
-    def intermediate(self, order: str) -> str:
-        (a, b), (c, d) = PAIRS[order]
-        labels = self.labels
-        shared = (set(labels[a]) | set(labels[b])) & (set(labels[c]) | set(labels[d]))
-        return "".join(label for label in "gtijkrq" if label in shared)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a factor, and so of the partial by it; with an activation `hidden` is the context `[G, m]`."""
-        grid, chunks = self.grid, (self.grid.I, self.grid.J, self.width)
-        return {
-            "y": (self.entries, self.tokens, grid.out_features),
-            "x": (self.entries, self.tokens, grid.in_features),
-            "hidden": (self.contexts, self.width) if self.activation else (self.contexts, *chunks),
-            "chunks": chunks,
-            "head": (*((grid.I * grid.J,) if self.per_chunk_heads else ()), self.width, grid.rows, grid.cols),
-        }[name]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Extent of each label; with `mapped`, the mean number of tokens per context in use."""
-        contexts = min(self.contexts, max(self.entries, 1))
-        tokens = ceil_div(self.entries * self.tokens, max(contexts, 1))
-        grid = self.grid
-        return {"g": contexts, "t": tokens, "i": grid.I, "j": grid.J, "k": self.width, "r": grid.rows, "q": grid.cols}
-
-    def numbers(self, labels: str) -> int:
-        """How many numbers the labels span, over all contexts in use and all tokens."""
-        sizes = self.sizes
-        lead = self.entries * self.tokens if "t" in labels else sizes["g"] if "g" in labels else 1
-        return lead * prod(sizes[label] for label in set(labels) - {"g", "t"})
-
-
-def slot_of(name: str) -> str:
-    """The slot that a factor fills: `chunks` fills that of `hidden`, together with the context."""
-    return "hidden" if name == "chunks" else name
-
-
-def result_names(wanted: Sequence[str], activation: str) -> list[str]:
-    """The factors by which the partials are taken: with an activation, hidden is the context and the chunks."""
-    names = []
-    for slot in wanted:
-        names += [slot, "chunks"] if slot == "hidden" and activation else [slot]
-    return names
 
 
 class Machine(NamedTuple):
@@ -140,6 +53,7 @@ def set_workspace_mib(mib: int) -> None:
     _workspace_bytes = mib << 20
     plan_contraction.cache_clear()
     _step.cache_clear()
+    block_sizes.cache_clear()
 
 
 class Step(NamedTuple):
@@ -183,11 +97,6 @@ class Plan:
         return sum(step.bytes_moved for step in self.steps)
 
 
-def check_order(order: str | None) -> None:
-    if order is not None and order not in ORDERS:
-        raise ValueError(f"order: got {order!r}, wanted None or one of {', '.join(ORDERS)}")
-
-
 @lru_cache(maxsize=4096)
 def plan_contraction(call: Call, wanted: tuple[str, ...], order: str | None = None) -> Plan:
     """The cheapest orders for the partials of phi by the slots in `wanted`, sharing intermediates between them."""
@@ -221,7 +130,7 @@ def _step(call: Call, order: str, forms: tuple[str, str], outputs: tuple[str, ..
             return call.numbers("gk") + call.numbers("ijk")
         return call.numbers(labels[slot])
 
-    blocks = block_sizes(call, order, sizes)
+    blocks = sizes | block_sizes(call, order)
     touched = sum(numbers(slot) for slot in forms) + len(outputs) * sum(numbers(slot) for slot in consumers)
     return Step(
         order,
@@ -277,10 +186,11 @@ def split_labels(call: Call, order: str) -> str:
     return "ij" + own if call.per_chunk_heads else own
 
 
-def block_sizes(call: Call, order: str, sizes: dict[str, int]) -> dict[str, int]:
-    """Halve the labels of `sizes` in turn until x and y pass through half the workspace, and what a block forms fits
-    the cache level that it is meant for, or the other half."""
-    blocks = dict(sizes)
+@lru_cache(maxsize=4096)
+def block_sizes(call: Call, order: str) -> dict[str, int]:
+    """Halve the labels in turn until x and y pass through half the workspace, and what a block forms fits the cache
+    level that it is meant for, or the other half. Labels that stay whole are left out."""
+    blocks = call.sizes
     half = _workspace_bytes // 2
     for label in "gt":
         while blocks[label] > 1 and passing_bytes(call, blocks) > half:
@@ -289,7 +199,7 @@ def block_sizes(call: Call, order: str, sizes: dict[str, int]) -> dict[str, int]
     for label in split_labels(call, order):
         while blocks[label] > 1 and formed_bytes(call, order, blocks) > limit:
             blocks[label] = ceil_div(blocks[label], 2)
-    return blocks
+    return {label: size for label, size in blocks.items() if size < call.sizes[label]}
 
 
 def default_chunk(out_features: int, in_features: int, width: int) -> tuple[int, int]:

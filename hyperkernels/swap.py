@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hyperkernels.backends import check_backend
+from hyperkernels.call import check_order
 from hyperkernels.nn.ambient import context as ambient_context
 from hyperkernels.nn.linear import HyperLinear
-from hyperkernels.planner import check_order
 
 Kind = TypeVar("Kind", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]

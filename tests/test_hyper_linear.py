@@ -10,9 +10,9 @@ from conftest import CONTEXTS, make_problem
 from torch.autograd import gradcheck, gradgradcheck
 
 import hyperkernels as hk
+from hyperkernels.call import ORDERS
 from hyperkernels.chunking import Grid
 from hyperkernels.hidden import ACTIVATIONS
-from hyperkernels.planner import ORDERS
 from hyperkernels.testing import assert_no_worse_than_eager
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hyperkernels as hk
-from hyperkernels.planner import ORDERS
+from hyperkernels.call import ORDERS
 from hyperkernels.testing import peak_bytes
 
 MIB = 2**20

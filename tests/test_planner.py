@@ -91,7 +91,7 @@ def test_a_forced_order_is_kept_for_every_output(order):
 @pytest.mark.parametrize("order", ORDERS)
 def test_blocks_fit_their_cache_level(order, activation, per_chunk_heads):
     call = LARGE._replace(contexts=64, entries=64, tokens=512, activation=activation, per_chunk_heads=per_chunk_heads)
-    blocks = block_sizes(call, order, call.sizes)
+    blocks = call.sizes | block_sizes(call, order)
     assert formed_bytes(call, order, blocks) <= 4 << 20
     assert passing_bytes(call, blocks) <= 32 << 20
     assert all(1 <= blocks[label] <= size for label, size in call.sizes.items())

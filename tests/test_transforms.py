@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import hyperkernels as hk
+from hyperkernels.call import ORDERS
 from hyperkernels.chunking import Grid
 from hyperkernels.operators import FACTORS
-from hyperkernels.planner import ORDERS
 
 
 def assert_same(got, wanted):

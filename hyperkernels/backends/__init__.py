@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hyperkernels.backends import reference, torch_matmul
-from hyperkernels.planner import Call, Plan, check_order
+from hyperkernels.call import Call, check_order
+from hyperkernels.planner import Plan
 
 Contract = Callable[[Call, Plan, dict[str, Tensor], Tensor | None], Sequence[Tensor]]
 

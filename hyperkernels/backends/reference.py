@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hyperkernels.call import Call
 from hyperkernels.chunking import weight_from_chunks
-from hyperkernels.planner import Call
 
 
 def supports(call: Call, order: str | None) -> tuple[bool, str]:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperkernels.chunking import ceil_div, to_chunks
+from hyperkernels.call import PAIRS, Call, result_names, slot_of
+from hyperkernels.chunking import to_chunks
 from hyperkernels.hidden import ACTIVATIONS, additive_pre
-from hyperkernels.planner import PAIRS, Call, Plan, Step, block_sizes, result_names, slot_of, split_labels
+from hyperkernels.planner import Plan, Step, block_sizes, split_labels
 
 Block = dict[str, slice]
 
@@ -27,11 +28,12 @@ def supports(call: Call, order: str | None) -> tuple[bool, str]:
 
 
 class Group(NamedTuple):
-    """Contexts that hold equally many rows of x: `contexts [g]` and `rows [g, t]`, or None for all, in place."""
+    """Contexts that hold equally many rows of x: `contexts [g]` and `rows [g, t]`, or None for all, in place; and the
+    call that they are by themselves."""
 
     contexts: Tensor | None
     rows: Tensor | None
-    sizes: dict[str, int]
+    call: Call
 
 
 def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Tensor | None) -> list[Tensor]:
@@ -39,7 +41,7 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     run = _Run(call, plan, factors)
     for group in _groups(call, context_ids):
         for step in plan.steps:
-            for block in _blocks(call, step, group.sizes):
+            for block in _blocks(group.call, step.order):
                 run.block(step, group, block)
     return run.results()
 
@@ -47,7 +49,7 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
 def _groups(call: Call, context_ids: Tensor | None) -> Iterator[Group]:
     if context_ids is None:
         if call.entries and call.tokens:
-            yield Group(None, None, call.sizes)
+            yield Group(None, None, call)
         return
     counts = torch.bincount(context_ids, minlength=call.contexts)
     starts = counts.cumsum(0) - counts
@@ -58,15 +60,15 @@ def _groups(call: Call, context_ids: Tensor | None) -> Iterator[Group]:
             contexts = (counts == count).nonzero().squeeze(1)
             members = entries[starts[contexts, None] + torch.arange(count, device=entries.device)]
             rows = (members[..., None] * call.tokens + tokens).flatten(1)
-            yield Group(contexts, rows, call.sizes | {"g": len(contexts), "t": rows.shape[1]})
+            g, t = rows.shape
+            yield Group(contexts, rows, call._replace(contexts=g, entries=g, tokens=t))
 
 
-def _blocks(call: Call, step: Step, sizes: dict[str, int]) -> Iterator[Block]:
-    ranges = []
-    for label, size in block_sizes(call, step.order, sizes).items():
-        if size < sizes[label]:
-            starts = (n * size for n in range(ceil_div(sizes[label], size)))
-            ranges.append([(label, slice(start, min(start + size, sizes[label]))) for start in starts])
+def _blocks(call: Call, order: str) -> Iterator[Block]:
+    ranges, sizes = [], call.sizes
+    for label, size in block_sizes(call, order).items():
+        starts = range(0, sizes[label], size)
+        ranges.append([(label, slice(start, min(start + size, sizes[label]))) for start in starts])
     for choice in product(*ranges):
         yield dict(choice)
 
@@ -108,11 +110,9 @@ class _Run:
         call = self.call
         if not (call.entries and call.tokens) or (slot in ("hidden", "head") and (call.mapped or self.activation)):
             return False
-        order, sizes = self.plan.order_of(slot), call.sizes
-        if call.mapped:  # each group of contexts has blocks of its own
-            split = set(split_labels(call, order)) | {"g", "t"}
-        else:
-            split = {label for label, size in block_sizes(call, order, sizes).items() if size < sizes[label]}
+        order = self.plan.order_of(slot)
+        # each group of contexts has blocks of its own, where they are mapped
+        split = {"g", "t", *split_labels(call, order)} if call.mapped else block_sizes(call, order).keys()
         return split <= set(self.labels[slot])
 
     def block(self, step: Step, group: Group, block: Block) -> None:
