@@ -93,10 +93,14 @@ def check_tensors(x: Tensor, hidden: Tensor | AdditiveHidden, head: Tensor) -> N
             raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor")
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name}: got {value.dtype}, wanted a floating dtype")
-        if value.dtype != x.dtype:
-            raise TypeError(f"{name}: got {value.dtype}, wanted x's dtype {x.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{name}: on {value.device}, wanted x's device {x.device}")
+        _check_dtype_and_device(name, value, x)
+
+
+def _check_dtype_and_device(name: str, value: Tensor | AdditiveHidden, x: Tensor) -> None:
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name}: got {value.dtype}, wanted x's dtype {x.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: on {value.device}, wanted x's device {x.device}")
 
 
 def _check_ids(context_ids: Tensor, x: Tensor) -> None:
@@ -124,10 +128,7 @@ def check_like(name: str, value: Tensor | None, like: Tensor, *shapes: tuple[int
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor")
     if tuple(value.shape) not in shapes:
         raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {' or '.join(str(list(s)) for s in shapes)}")
-    if value.dtype != like.dtype:
-        raise TypeError(f"{name}: got {value.dtype}, wanted x's dtype {like.dtype}")
-    if value.device != like.device:
-        raise ValueError(f"{name}: on {value.device}, wanted x's device {like.device}")
+    _check_dtype_and_device(name, value, like)
 
 
 def autocast_enabled(kind: str) -> bool:

@@ -34,6 +34,10 @@ MACHINES = {
 _workspace_bytes = 64 << 20
 
 
+def _machine(call: Call) -> Machine:
+    return MACHINES.get(call.device, MACHINES["cpu"])
+
+
 def set_workspace_mib(mib: int) -> None:
     """Bound the workspace of each call, beyond its inputs and outputs, to `mib` MiB; 64 to begin with.
 
@@ -145,7 +149,7 @@ def _step(call: Call, order: str, forms: tuple[str, str], outputs: tuple[str, ..
 def _time_us(call: Call, step: Step) -> float:
     """Arithmetic, memory traffic and the traffic of the intermediate (written, copied into the next product's
     layout, read) do not overlap: each product is a call of its own."""
-    machine = MACHINES.get(call.device, MACHINES["cpu"])
+    machine = _machine(call)
     formed = call.numbers(call.intermediate(step.order)) * call.dtype.itemsize
     seconds = (
         step.flops / machine.flops_per_s
@@ -195,7 +199,7 @@ def block_sizes(call: Call, order: str) -> dict[str, int]:
     for label in "gt":
         while blocks[label] > 1 and passing_bytes(call, blocks) > half:
             blocks[label] = ceil_div(blocks[label], 2)
-    limit = min(half, MACHINES.get(call.device, MACHINES["cpu"]).block_bytes)
+    limit = min(half, _machine(call).block_bytes)
     for label in split_labels(call, order):
         while blocks[label] > 1 and formed_bytes(call, order, blocks) > limit:
             blocks[label] = ceil_div(blocks[label], 2)

@@ -61,12 +61,9 @@ class SwapReport:
         lines = [f"layers swapped: {len(self.swapped)}, {before:,} parameters became {after:,}"]
         for layer in self.swapped:
             (N, K), (rows, cols) = layer.shape, layer.chunk
-            lines.append(
-                f"  {layer.name}: {N}x{K} in chunks of {rows}x{cols}, "
-                f"{layer.parameters_before:,} -> {layer.parameters:,} parameters"
-                + ", more than before"
-                * (layer.parameters > layer.parameters_before)
-            )
+            grown = ", more than before" if layer.parameters > layer.parameters_before else ""
+            counts = f"{layer.parameters_before:,} -> {layer.parameters:,} parameters{grown}"
+            lines.append(f"  {layer.name}: {N}x{K} in chunks of {rows}x{cols}, {counts}")
         lines.append(f"layers skipped: {len(self.skipped)}")
         lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)

@@ -184,7 +184,7 @@ class HyperLinear(nn.Module):
             )
         else:
             weight, last = hidden[..., :J, :], hidden[..., J:, :]
-        contexts = hidden.shape[0] if len(hidden.shape) == 4 else 1
+        contexts = _contexts(hidden)
         ones = self.bias_head.new_ones((contexts, 1) if contexts != 1 else (1,))
         return weight, hyper_linear(ones, last, self.bias_head, out_features=self.out_features)
 
@@ -192,7 +192,7 @@ class HyperLinear(nn.Module):
     def to_linear(self, context: Tensor | None = None) -> nn.Linear:
         """The `nn.Linear` that this layer is, for one context: its weight formed, and trainable."""
         hidden, _ = self.hidden(context)
-        contexts = hidden.shape[0] if len(hidden.shape) == 4 else 1
+        contexts = _contexts(hidden)
         if contexts != 1:
             raise ValueError(f"context: got {contexts} contexts, wanted one: an nn.Linear has one weight")
         weight_hidden, bias = self._split_bias(hidden)
@@ -214,6 +214,10 @@ class HyperLinear(nn.Module):
             f"chunk={self.grid.rows}x{self.grid.cols}, width={self.width}, {context}, "
             f"{own:,} parameters for {self.in_features * self.out_features:,} weights"
         )
+
+
+def _contexts(hidden: Hidden) -> int:
+    return hidden.shape[0] if len(hidden.shape) == 4 else 1
 
 
 def _check_chunk(chunk: tuple[int, int]) -> tuple[int, int]:
