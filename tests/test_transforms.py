@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from conftest import CONTEXTS, make_problem
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, gradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,6 +53,12 @@ def test_forward_over_reverse_of_additive_hidden_raises():
     problem = make_problem("additive", Grid(5, 4, 3, 3), tokens=2)
     with pytest.raises(NotImplementedError, match="materialize"):
         hessian(scalar(problem), (0, 1, 2, 3))(*(v.detach() for v in problem.tensors))
+
+
+@cases()
+def test_forward_mode_outside_torch_func(contexts):
+    problem = make_problem(contexts, Grid(4, 3, 3, 2), tokens=1)
+    assert gradcheck(problem.call, problem.tensors, check_forward_ad=True)
 
 
 @cases()
