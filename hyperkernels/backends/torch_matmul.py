@@ -178,7 +178,10 @@ class _Run:
         call = self.call
         results = []
         for name, out in self.outputs.items():
-            whole = out.unflatten(0, (call.entries, call.tokens)) if name in ("x", "y") and call.mapped else out
-            cropped = whole[tuple(slice(size) for size in call.shape(name))] if name in ("x", "y") else whole
-            results.append(cropped.reshape(call.shape(name)).to(call.dtype).contiguous())
+            shape = call.shape(name)
+            if name in ("x", "y") and out.shape[-1] != shape[-1]:  # copied: the strides of its own shape
+                cropped = out[..., : shape[-1]].reshape(shape)
+                results.append(torch.empty(shape, dtype=call.dtype, device=out.device).copy_(cropped))
+            else:
+                results.append(out.reshape(shape).to(call.dtype))
         return results
