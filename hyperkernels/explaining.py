@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hyperkernels.backends import BACKENDS, choose_backend
+from hyperkernels.backends import BACKENDS, choose_backend, plan_call
 from hyperkernels.call import OUTPUT, Call
 from hyperkernels.form import canonical_form
 from hyperkernels.functional import hyper_linear
 from hyperkernels.operators import check_context_ids
-from hyperkernels.planner import Cost, Plan, plan_contraction
+from hyperkernels.planner import Cost, Plan
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Expla
 
     Example:
         >>> import torch, hyperkernels as hk
-        >>> plan = hk.explain(hk.HyperLinear(64, 64, width=4), torch.randn(8, 64))  # doctest: +ELLIPSIS
-        hyper_linear: 8 x 64 -> 8 x 64, 1 context, ...
+        >>> plan = hk.explain(hk.HyperLinear(512, 512, width=4), torch.randn(8, 512))  # doctest: +ELLIPSIS
+        hyper_linear: 8 x 512 -> 8 x 512, 1 context, ...
         >>> plan.forward.order_of("y")
         'head_first'
     """
@@ -118,8 +118,8 @@ def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Expla
     if form.ids is not None:
         check_context_ids(form.ids, form.call.contexts)
     backend, ruled_out = choose_backend(form.call, order, kwargs.get("backend"))
-    forward = plan_contraction(form.call, ("y",), order)
-    backward = plan_contraction(form.call, ("hidden", "head", "x"), order)
+    forward = plan_call(form.call, ("y",), order, backend)[1]
+    backward = plan_call(form.call, ("hidden", "head", "x"), order, backend)[1]
     explanation = Explanation(form.call, backend, ruled_out, forward, backward, order)
     print(explanation)
     return explanation

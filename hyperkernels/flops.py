@@ -14,15 +14,15 @@ from types import ModuleType
 
 import torch
 
+from hyperkernels.backends import plan_call
 from hyperkernels.operators import call_of
-from hyperkernels.planner import plan_contraction
 
 WATCHED = "torch.utils.flop_counter"
 
 
 def _flops(wanted, sizes, activation, order, backend, context_ids, *factors, out_val=None, **_) -> int:
     call = call_of(sizes, activation, context_ids, factors)
-    return plan_contraction(call, tuple(wanted), order or None).flops
+    return plan_call(call, tuple(wanted), order or None, backend or None)[1].flops
 
 
 def _register(module: ModuleType) -> None:

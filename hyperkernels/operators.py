@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hyperkernels.backends import BACKENDS, choose_backend
+from hyperkernels.backends import BACKENDS, plan_call
 from hyperkernels.call import Call, result_names
 from hyperkernels.chunking import Grid
-from hyperkernels.planner import plan_contraction
 
 library = torch.library.Library("hyperkernels", "DEF")
 library.define(
@@ -52,11 +51,11 @@ def _contract(wanted, sizes, activation, order, backend, context_ids, *factors) 
     call = call_of(sizes, activation, context_ids, factors)
     if context_ids is not None:
         check_context_ids(context_ids, call.contexts)
-    plan = plan_contraction(call, tuple(wanted), order or None)
-    run = BACKENDS[choose_backend(call, order or None, backend or None)[0]].contract
+    name, steps = plan_call(call, tuple(wanted), order or None, backend or None)
+    run = BACKENDS[name].contract
     assert run is not None
     given = {name: factor for name, factor in zip(FACTORS, factors) if factor is not None}
-    return list(run(call, plan, given, context_ids))
+    return list(run(call, steps, given, context_ids))
 
 
 def _contract_fake(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:

@@ -14,6 +14,7 @@ import hyperkernels as hk
 from hyperkernels.chunking import Grid
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+ENGINES = [("cpu", "cpu"), *(("torch", device) for device in DEVICES)]
 SMALL = Grid(10, 7, 4, 3)
 CONTEXTS = ("shared", "per_entry", "ids", "additive", "additive_per_entry", "additive_ids")
 
@@ -89,6 +90,17 @@ def make_problem(
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=ENGINES, ids="_on_".join)
+def engine(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A backend and a device that it runs on; none is skipped."""
+    return request.param
 
 
 @pytest.fixture(params=DEVICES)

@@ -90,7 +90,9 @@ BAD = {
         ValueError, r"head_bias: got shape \[6, 5\], wanted \[5, 6\]", keywords={"head_bias": torch.randn(6, 5)}
     ),
     "unknown_order": Bad(ValueError, r"order: got 'fast', wanted None or one of generate", keywords={"order": "fast"}),
-    "unknown_backend": Bad(ValueError, r"backend: got 'gpu', wanted None or one of torch", keywords={"backend": "gpu"}),
+    "unknown_backend": Bad(
+        ValueError, r"backend: got 'gpu', wanted None or one of cpu, torch", keywords={"backend": "gpu"}
+    ),
     "backend_without_the_order": Bad(
         ValueError,
         r"'reference' cannot do this call: .*no order 'head_first'",

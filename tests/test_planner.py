@@ -8,10 +8,17 @@ import pytest
 import torch
 
 import hyperkernels as hk
+from hyperkernels.backends import plan_call
+from hyperkernels.backends.torch_blocks import block_sizes, formed_bytes, passing_bytes
+from hyperkernels.call import ORDERS, Call
 from hyperkernels.chunking import Grid
-from hyperkernels.planner import ORDERS, Call, block_sizes, default_chunk, formed_bytes, passing_bytes, plan_contraction
+from hyperkernels.planner import default_chunk
 
 LARGE = Call(Grid(4096, 4096, 16, 256), width=32, contexts=1, entries=1, tokens=256)
+
+
+def plan_contraction(call, wanted, order=None, backend="torch"):
+    return plan_call(call, wanted, order, backend)[1]
 
 
 def flops(call, slot):
@@ -54,7 +61,7 @@ def test_the_twin_is_formed_once_when_it_runs(monkeypatch):
     einsum = torch.einsum
     monkeypatch.setattr(torch, "einsum", lambda equation, *v: equations.append(equation) or einsum(equation, *v))
     x, hidden, head = (torch.randn(*s, requires_grad=True) for s in ((4, 64), (8, 4, 2), (2, 8, 16)))
-    y = hk.hyper_linear(x, hidden, head, order="head_first")
+    y = hk.hyper_linear(x, hidden, head, order="head_first", backend="torch")
     equations.clear()
     y.sum().backward()
     assert sorted(equations) == sorted(
@@ -114,12 +121,13 @@ def test_a_weight_of_default_chunks_has_full_rank():
     assert layer.grid.rank_bound(8) == 64
 
 
-def test_explain_prints_and_returns_the_plan(capsys):
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_explain_prints_and_returns_the_plan(backend, capsys):
     hidden, head, x = torch.randn(64, 4, 8), torch.randn(8, 16, 64), torch.randn(32, 256)
-    explanation = hk.explain(hk.hyper_linear, x, hidden, head)
+    explanation = hk.explain(hk.hyper_linear, x, hidden, head, backend=backend)
     printed = capsys.readouterr().out
     assert printed.strip() == str(explanation)
-    for words in ("backend torch", "not reference: forms every weight", "dhidden", "picked: forms", "times slower"):
+    for words in (f"backend {backend}", "not reference: ", "dhidden", "picked: forms", "times slower"):
         assert words in printed
     assert explanation.forward.order_of("y") == "head_first"
     assert "shared with" in printed

@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
-from hyperkernels.backends import reference, torch_matmul
+from hyperkernels.backends import native_cpu, reference, torch_blocks, torch_matmul
 from hyperkernels.call import Call, check_order
-from hyperkernels.planner import Plan
+from hyperkernels.planner import Estimate, Plan, plan_contraction, workspace_bytes
 
 Contract = Callable[[Call, Plan, dict[str, Tensor], Tensor | None], Sequence[Tensor]]
 
 
 class Backend(NamedTuple):
     """`supports(call, order)` answers `(ok, reason)`; `contract` runs a plan on canonical factors, and is None for
-    the reference, which is written in differentiable torch and needs no engine."""
+    the reference, which is written in differentiable torch and needs no engine; `estimate` tells the planner what a
+    step takes."""
 
     supports: Callable[[Call, str | None], tuple[bool, str]]
     contract: Contract | None
+    estimate: Estimate
 
 
 BACKENDS: dict[str, Backend] = {
-    "torch": Backend(torch_matmul.supports, torch_matmul.contract),
-    "reference": Backend(reference.supports, None),
+    "cpu": Backend(native_cpu.supports, native_cpu.contract, native_cpu.estimate),
+    "torch": Backend(torch_matmul.supports, torch_matmul.contract, torch_blocks.estimate),
+    "reference": Backend(reference.supports, None, torch_blocks.estimate),
 }
-PREFERENCE = ("torch",)
+PREFERENCE = ("cpu", "torch")
 
 
 def check_backend(backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(BACKENDS)}")
+
+
+def plan_call(call: Call, wanted: tuple[str, ...], order: str | None, backend: str | None) -> tuple[str, Plan]:
+    """The backend that will run the call, and its plan. Raises what `choose_backend` does."""
+    return _plan(call, wanted, order, backend, workspace_bytes())
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    call: Call, wanted: tuple[str, ...], order: str | None, backend: str | None, _workspace: int
+) -> tuple[str, Plan]:
+    name = choose_backend(call, order, backend)[0]
+    return name, plan_contraction(call, wanted, order, BACKENDS[name].estimate)
 
 
 def choose_backend(call: Call, order: str | None = None, backend: str | None = None) -> tuple[str, dict[str, str]]:

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hyperkernels.backends.torch_blocks import block_sizes, split_labels
 from hyperkernels.call import PAIRS, Call, result_names, slot_of
 from hyperkernels.chunking import to_chunks
 from hyperkernels.hidden import ACTIVATIONS, additive_pre
-from hyperkernels.planner import Plan, Step, block_sizes, split_labels
+from hyperkernels.planner import Plan, Step
 
 Block = dict[str, slice]
 

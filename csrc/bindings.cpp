@@ -1,0 +1,79 @@
+// The native engine as Python sees it: plain pointers and integers, nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/step.h"
+
+namespace py = pybind11;
+using namespace hk;
+
+namespace {
+
+// (pointer, strides in elements); (0, ()) where there is none.
+using View = std::pair<uintptr_t, std::vector<int64_t>>;
+
+Tensor tensor(const View& view) {
+    Tensor tensor;
+    tensor.data = reinterpret_cast<char*>(view.first);
+    std::copy_n(view.second.begin(), std::min(view.second.size(), tensor.stride.size()), tensor.stride.begin());
+    return tensor;
+}
+
+template <size_t n, class T>
+std::array<T, n> array(const std::vector<T>& values, const char* name) {
+    if (values.size() != n) throw py::value_error(std::string(name) + ": wanted " + std::to_string(n) + " numbers");
+    std::array<T, n> array;
+    std::copy(values.begin(), values.end(), array.begin());
+    return array;
+}
+
+Rows rows_of(int64_t count, int64_t contexts, int64_t tokens, uintptr_t entries, uintptr_t starts) {
+    return {count, contexts, tokens, reinterpret_cast<const int64_t*>(entries),
+            reinterpret_cast<const int64_t*>(starts)};
+}
+
+Step step(std::vector<int64_t> extent, std::vector<int64_t> block, int64_t out_features, int64_t in_features,
+          int64_t contexts, int64_t rows_per_context, bool per_chunk_heads, int activation, int storage,
+          std::vector<int> forms, std::vector<int> outputs, int split, bool aligned, int threads,
+          size_t prepare_bytes, const std::string& isa) {
+    const InstructionSet* set = instruction_set(isa.empty() ? nullptr : isa.c_str());
+    if (!set) throw py::value_error("isa: got '" + isa + "', wanted one of instruction_sets()");
+    Shape shape{array<label_count>(extent, "extent"), array<label_count>(block, "block"), out_features, in_features,
+                contexts, rows_per_context, per_chunk_heads, static_cast<Activation>(activation),
+                static_cast<Storage>(storage)};
+    return Step(shape, array<2>(forms, "forms"), outputs, split, aligned, threads, prepare_bytes, *set);
+}
+
+void run(const Step& step, const std::vector<View>& factors, const View& chunks, const std::vector<uintptr_t>& outputs,
+         int64_t count, int64_t contexts, int64_t tokens, uintptr_t entries, uintptr_t starts, uintptr_t workspace) {
+    Arguments arguments;
+    for (int slot = 0; slot < FORMED; ++slot) arguments.factors[slot] = tensor(factors.at(slot));
+    arguments.chunks = tensor(chunks);
+    for (uintptr_t output : outputs) arguments.outputs.push_back(tensor({output, {}}));
+    arguments.rows = rows_of(count, contexts, tokens, entries, starts);
+    arguments.workspace = reinterpret_cast<char*>(workspace);
+    py::gil_scoped_release unlocked;
+    step.run(arguments);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    module.doc() = "The native CPU engine; hyperkernels.backends.native_cpu is its caller.";
+    module.def("instruction_sets", [] {
+        const char* names[max_instruction_sets];
+        return std::vector<std::string>(names, names + instruction_sets(names));
+    });
+    py::class_<Step>(module, "Step")
+        .def(py::init(&step), py::kw_only(), py::arg("extent"), py::arg("block"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("contexts"), py::arg("rows_per_context"), py::arg("per_chunk_heads"),
+             py::arg("activation"), py::arg("storage"), py::arg("forms"), py::arg("outputs"), py::arg("split"),
+             py::arg("aligned"), py::arg("threads"), py::arg("prepare_bytes"), py::arg("isa"))
+        .def("workspace_bytes",
+             [](const Step& step, int64_t count, int64_t contexts, int64_t tokens) {
+                 return step.workspace_bytes(rows_of(count, contexts, tokens, 0, 0));
+             })
+        .def_property_readonly("threads", &Step::threads)
+        .def("work", &Step::work, "multiplications of a vector, all threads together")
+        .def("run", &run);
+}

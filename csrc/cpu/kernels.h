@@ -1,0 +1,66 @@
+// The innermost loops, as one table of functions per instruction set and kind of number.
+//
+// `kernels.cpp` is compiled once per instruction set; nothing else is. A product of `rows x depth` and
+// `depth x lanes` is cut into tiles that stay in registers: a few rows, each a broadcast number, by a few vectors.
+// Both operands are packed first, so that a tile reads each as one stream.
+#pragma once
+
+#include <cstdint>
+
+namespace hk {
+
+enum class Storage { f32, f64, bf16 };  // of a tensor's elements
+static inline int64_t bytes_of(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
+
+enum class Activation { none = -1, identity, relu, gelu, gelu_tanh, silu, tanh, sin };
+
+constexpr int64_t max_rows = 14, max_vectors = 2;
+
+// One side of an operand: index n lies `offset[n]` elements from the base, and is number `feature[n]` of a row that
+// may end early.
+struct Side {
+    int64_t n;
+    const int64_t *offset, *feature;
+};
+
+struct Kernels {
+    const char* isa;
+    int64_t rows, vectors, lanes;  // the largest tile, and the numbers in a vector
+    int64_t depth;                 // numbers that a packed element holds along the depth: 1, or 2 for pairs of bf16
+    int64_t packed_bytes;          // of a packed element
+    int64_t sum_bytes;             // of a sum: an element of an intermediate or of a result
+
+    // out[row_offset[w] + vector_offset[v] ...] (+)= sum_d rows[d, w] * lanes[d, v ...], for [rows - 1][vectors - 1]
+    void (*tile[max_rows][max_vectors])(int64_t depth, const void* rows, const void* lanes, void* out,
+                                        const int64_t* row_offset, const int64_t* vector_offset, bool accumulate);
+    // A panel [deep.n, padded] of numbers base[own + deep], zero beyond own.n and, with a limit, past the row's end.
+    void (*pack[3])(const void* base, Side own, Side deep, int64_t limit, int64_t padded, void* panel);
+    // A panel of activation(chunks[d, l] + deep[d] + own[l]) from a panel of sums.
+    void (*form)(Activation, const void* chunks, const void* deep, const void* own, int64_t depth, int64_t padded,
+                 void* panel);
+    // dvalue[n] *= activation'(chunks[n] + context[n]), added to dchunks[n] and dcontext[n].
+    void (*pull_back[3])(Activation, const void* dvalue, const void* chunks, const void* context, int64_t n,
+                         void* dchunks, void* dcontext);
+    void (*store[3])(const void* sums, int64_t n, void* out);  // rounded once
+    void (*add)(const void* sums, int64_t n, void* totals);
+};
+
+// The tables of one instruction set; pairs is null where bf16 products have no instruction.
+struct InstructionSet {
+    const Kernels *f32, *f64, *pairs;
+};
+
+const InstructionSet& portable();
+#if defined(__x86_64__)
+const InstructionSet& avx2();
+const InstructionSet& avx512();
+const InstructionSet& avx512bf16();
+#endif
+
+// The best that this CPU runs, or the one that is named; null for a name that it cannot run.
+const InstructionSet* instruction_set(const char* name);
+// Those that it runs, best first, and how many.
+constexpr int max_instruction_sets = 4;
+int instruction_sets(const char* names[max_instruction_sets]);
+
+}  // namespace hk

@@ -1,0 +1,51 @@
+// One product of two packed operands, and the panels that they are packed in.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace hk {
+
+constexpr int64_t depth_block = 256;  // of a panel that stays in the nearest cache, in packed elements
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How one side of a product is cut: into panels of nearly equal width, of rows or of whole vectors.
+struct Cut {
+    int64_t n, unit, count;
+
+    Cut(const Kernels& kernels, int64_t n, bool lanes)
+        : n(n),
+          unit(lanes ? kernels.lanes : 1),
+          count(ceil_div(ceil_div(n, unit), lanes ? kernels.vectors : kernels.rows)) {}
+    int64_t padded() const { return ceil_div(n, unit) * unit; }
+    int64_t start(int64_t panel) const { return ceil_div(n, unit) * panel / count * unit; }
+};
+
+// The blocks of the depth, in numbers.
+inline int64_t block_depth(const Kernels& kernels) { return depth_block * kernels.depth; }
+
+inline int64_t panel_bytes(const Kernels& kernels, int64_t width, int64_t depth) {
+    return width * ceil_div(depth, kernels.depth) * kernels.packed_bytes;
+}
+
+// Block after block of the depth, panel after panel.
+inline int64_t packed_bytes(const Kernels& kernels, int64_t n, int64_t depth, bool lanes) {
+    return panel_bytes(kernels, Cut(kernels, n, lanes).padded(), depth);
+}
+
+void pack(const Kernels& kernels, const void* base, Storage storage, Side own, Side deep, int64_t limit, bool lanes,
+          char* panels);
+
+// Panels of an additive hidden layer from panels of its chunks, packed by `plain`; `deep` and `own` are sums, the
+// context's part along either side.
+void form(const Kernels& kernels, const Kernels& plain, Activation activation, const char* chunks, const char* deep,
+          const char* own, int64_t n, int64_t depth, bool lanes, char* panels);
+
+// out[row_offset[m] + lane_offset[n]] (+)= sum_d rows[m, d] lanes[n, d]. `spill` holds one tile.
+void multiply(const Kernels& kernels, const char* rows, int64_t M, const char* lanes, int64_t N, int64_t depth,
+              char* out, const int64_t* row_offset, const int64_t* lane_offset, bool accumulate, char* spill);
+
+}  // namespace hk

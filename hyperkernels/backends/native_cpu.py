@@ -1,0 +1,209 @@
+"""The native CPU engine (`csrc/cpu`): a step's intermediate is formed and consumed block by block, in cache.
+
+What is decided here is how a step is cut, in closed form: the blocks of each label, and which label the threads divide.
+The engine packs, multiplies and stores. Threads are OpenMP's, of the library that torch has loaded, as many as
+`torch.get_num_threads()`; sums that threads hold apart are added in the threads' order, so the same bits come back.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from math import inf, prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperkernels.call import SLOTS, Call, result_names
+from hyperkernels.chunking import ceil_div
+from hyperkernels.hidden import ACTIVATIONS
+from hyperkernels.planner import Plan, Step, workspace_bytes
+
+try:
+    _cpu: Any = import_module("hyperkernels._cpu")
+except ImportError as error:  # built without a compiler, or for another Python
+    _note = Path(__file__).parents[1] / "cpu_missing.txt"
+    MISSING = _note.read_text().strip() if _note.exists() else f"it is not there: {error}"
+    INSTRUCTIONS = ""
+else:
+    MISSING = ""
+    INSTRUCTIONS = _cpu.instruction_sets()[0]
+
+STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+LABELS = "tijkrq"
+DEPTH, LANES = 256, 128  # of an intermediate's block as the next product reads it
+OPERAND = 1 << 18  # numbers of head or hidden that a block reads
+VECTORS_PER_US = 3500  # multiplications of a vector by one thread
+CALL_US = 5
+
+
+def supports(call: Call, order: str | None) -> tuple[bool, str]:
+    if MISSING:
+        return False, MISSING
+    if call.device != "cpu":
+        return False, f"it runs on the CPU, and the tensors are on {call.device}"
+    if call.dtype not in STORAGE:
+        return False, f"it has no {call.dtype}"
+    return True, f"fused native loops, {INSTRUCTIONS}"
+
+
+class Split(NamedTuple):
+    """The label that threads divide, and whether a context's rows stay with one thread."""
+
+    label: str
+    aligned: bool
+
+
+def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Tensor | None) -> list[Tensor]:
+    """The partials of phi by `plan.wanted`, in that order; with an activation the hidden one is (dcontext, dchunks)."""
+    names = result_names(plan.wanted, call.activation)
+    like = next(iter(factors.values()))
+    results = {name: torch.empty(call.shape(name), dtype=call.dtype, device=like.device) for name in names}
+    entries = starts = None
+    balanced = True
+    if context_ids is not None:
+        counts = torch.bincount(context_ids, minlength=call.contexts) * call.tokens
+        entries = torch.argsort(context_ids, stable=True)
+        starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        balanced = bool(counts.max() * 2 * torch.get_num_threads() <= counts.sum())
+    if call.activation:
+        factors = {n: v.contiguous() if n in ("hidden", "chunks") else v for n, v in factors.items()}
+    views = {name: (value.data_ptr(), value.stride()) for name, value in factors.items()}
+    absent = (0, ())
+    rows = (call.entries * call.tokens, call.contexts, max(call.tokens, 1))
+    for step in plan.steps:
+        for outputs in _runs(step):
+            native = _native(call, step.forms, outputs, balanced, torch.get_num_threads(), workspace_bytes(), "")
+            workspace = torch.empty(native.workspace_bytes(*rows), dtype=torch.uint8)
+            native.run(
+                [views.get(slot, absent) for slot in SLOTS],
+                views.get("chunks", absent),
+                [results[name].data_ptr() for name in result_names(outputs, call.activation)],
+                *rows,
+                0 if entries is None else entries.data_ptr(),
+                0 if starts is None else starts.data_ptr(),
+                workspace.data_ptr(),
+            )
+    return [results[name] for name in names]
+
+
+def estimate(call: Call, step: Step) -> tuple[float, int]:
+    """Time in us, and workspace in bytes."""
+    rows, threads = call.entries * call.tokens, torch.get_num_threads()
+    natives = [_native(call, step.forms, outputs, True, threads, workspace_bytes(), "") for outputs in _runs(step)]
+    time_us = sum(CALL_US + native.work(rows) / native.threads / VECTORS_PER_US for native in natives)
+    return time_us, max(native.workspace_bytes(rows, call.contexts, max(call.tokens, 1)) for native in natives)
+
+
+def _runs(step: Step) -> list[tuple[str, ...]]:
+    """The outputs of a step, those together that one run of the engine fills: it sums the rows of one."""
+    if {"x", "y"} <= set(step.outputs):
+        return [(slot,) for slot in step.outputs]
+    return [step.outputs]
+
+
+@lru_cache(maxsize=4096)
+def _native(
+    call: Call, forms: tuple[str, str], outputs: tuple[str, ...], balanced: bool, threads: int, limit: int, isa: str
+) -> Any:
+    """The engine's step, cut."""
+    labels, sizes = call.labels, call.sizes
+    rows = call.entries * call.tokens
+    sizes = {label: max(sizes[label], 1) for label in LABELS} | {"t": max(rows, 1)}
+    rest = [slot for slot in SLOTS if slot not in forms]
+    formed = set(labels[forms[0]] + labels[forms[1]]) & set(labels[rest[0]] + labels[rest[1]]) - {"g"}
+    work = rows * prod(sizes[label] for label in formed - {"t"})
+    threads = min(threads, max(1, work >> 12))
+    split = _split(call, forms, outputs, sizes, formed, balanced, threads, limit)
+    if split is None:
+        threads, split = 1, Split("t", False)
+    block = _blocks(call, sizes, formed)
+    block[split.label] = min(block[split.label], ceil_div(sizes[split.label], threads))
+    while True:
+        native = _cpu.Step(
+            extent=[sizes[label] for label in LABELS],
+            block=[block[label] for label in LABELS],
+            out_features=call.grid.out_features,
+            in_features=call.grid.in_features,
+            contexts=call.contexts,
+            rows_per_context=ceil_div(max(rows, 1), max(call.contexts, 1)),
+            per_chunk_heads=call.per_chunk_heads,
+            activation=list(ACTIVATIONS).index(call.activation) if call.activation else -1,
+            storage=STORAGE[call.dtype],
+            forms=[SLOTS.index(slot) for slot in forms],
+            outputs=[SLOTS.index(slot) for slot in outputs],
+            split=LABELS.index(split.label),
+            aligned=split.aligned,
+            threads=threads,
+            prepare_bytes=limit // 4 if rows > block["t"] else 0,  # else nothing is read twice
+            isa=isa,
+        )
+        longest = max(formed | {"t"}, key=lambda label: block[label])
+        if native.workspace_bytes(rows, call.contexts, max(call.tokens, 1)) <= limit or block[longest] == 1:
+            return native
+        block[longest] = ceil_div(block[longest], 2)
+
+
+def _split(
+    call: Call,
+    forms: tuple[str, str],
+    outputs: tuple[str, ...],
+    sizes: dict[str, int],
+    formed: set[str],
+    balanced: bool,
+    threads: int,
+    limit: int,
+) -> Split | None:
+    """The label whose division costs least in numbers moved: what every thread packs again or forms again, and sums
+    that threads hold apart. None where the threads' sums would not fit half the workspace `limit`."""
+
+    def numbers(slot: str) -> int:
+        own = {"k"} if slot == "hidden" and call.activation else set(call.labels[slot]) - {"g"}
+        return prod(sizes[label] for label in own) * (call.contexts if slot == "hidden" else 1)
+
+    aligned = balanced and call.contexts >= 2 * threads
+    factors = [slot for slot in SLOTS if slot in forms or slot not in outputs]
+
+    def cost(label: str) -> float:
+        if sizes[label] < threads:
+            return inf
+        if label == "t":
+            apart = sum(numbers(s) for s in outputs if s == "head" or (s == "hidden" and not aligned))
+            again = 0 if "t" in formed or aligned else prod(sizes[n] for n in formed) * sizes["k"] // 16
+        else:
+            apart = sum(numbers(slot) for slot in outputs if label not in call.labels[slot])
+            again = sum(numbers(slot) for slot in factors if slot in ("x", "y") and label not in call.labels[slot])
+        if 4 * threads * apart * call.dtype.itemsize > limit:
+            return inf
+        return 2 * threads * apart + (threads - 1) * again
+
+    candidates = ["t", *(label for label in LABELS if label in formed - {"t"})]
+    best = min(candidates, key=cost)
+    return None if cost(best) == inf else Split(best, aligned and best == "t")
+
+
+def _blocks(call: Call, sizes: dict[str, int], formed: set[str]) -> dict[str, int]:
+    """How many of each label a block holds, so that what it forms and what it reads stay in a core's own cache."""
+    block = dict(sizes)
+    if "t" not in formed:  # a tile of the weight
+        for outer, inner in (("i", "r"), ("j", "q")):
+            block[inner] = min(sizes[inner], DEPTH)
+            block[outer] = min(sizes[outer], max(1, DEPTH // sizes[inner]))
+        block["t"] = min(sizes["t"], 2 * DEPTH)
+        return block
+    # lane stays in the intermediate while the pair's other chunk label is summed, and deep the other way round
+    lane, deep, summed, kept = ("r", "j", "q", "i") if "r" in formed else ("q", "i", "r", "j")
+    block[lane] = min(sizes[lane], LANES)
+    block["t"] = min(sizes["t"], max(ceil_div(LANES, block[lane]), ceil_div(14, sizes[deep])))
+    block["k"] = min(sizes["k"], max(1, DEPTH // sizes[deep]))
+    block[deep] = min(sizes[deep], max(1, DEPTH // block["k"]))
+    if kept in formed:  # a head per chunk
+        block[kept] = 1
+    while block["k"] * max(block[lane], block[deep]) > 1 and (
+        block["k"] * block[lane] * sizes[summed] > OPERAND or block["k"] * block[deep] * sizes[kept] > OPERAND
+    ):
+        longest = max("k", lane, deep, key=lambda label: block[label])
+        block[longest] = ceil_div(block[longest], 2)
+    return block
