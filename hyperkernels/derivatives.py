@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hyperkernels.call import SLOTS, result_names, slot_of
 from hyperkernels.hidden import ACTIVATIONS, additive_pre
@@ -45,9 +46,26 @@ def partials(settings: Settings, context_ids: Tensor | None, *factors: Tensor | 
     `factors` follow `FACTORS`, and one that no wanted partial is a function of may be None. With an activation,
     the hidden partial is two results, dcontext and dchunks.
     """
+    if _plain(factors):
+        return tuple(run(settings, context_ids, factors))
     if torch.compiler.is_compiling():  # a view: Dynamo loses the gradient of a graph's input that is passed as it is
         return Partials.apply(settings, context_ids, *(None if v is None else v.view_as(v) for v in factors))
     return PartialsForwardMode.apply(settings, context_ids, *factors)
+
+
+def run(settings: Settings, context_ids: Tensor | None, factors: Sequence[Tensor | None]) -> list[Tensor]:
+    s = settings
+    return contract(list(s.wanted), list(s.sizes), s.activation, s.order, s.backend, context_ids, *factors)
+
+
+def _plain(factors: Sequence[Tensor | None]) -> bool:
+    """Whether nobody will ask for a derivative: an autograd Function costs more than a small call."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in factors))
+    )
 
 
 class Partials(torch.autograd.Function):
@@ -57,8 +75,7 @@ class Partials(torch.autograd.Function):
 
     @staticmethod
     def forward(settings, context_ids, y, hidden, chunks, head, x):  # by name: Dynamo counts them
-        s, factors = settings, (y, hidden, chunks, head, x)
-        return tuple(contract(list(s.wanted), list(s.sizes), s.activation, s.order, s.backend, context_ids, *factors))
+        return tuple(run(settings, context_ids, (y, hidden, chunks, head, x)))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -71,7 +71,9 @@ def hyper_linear(
     bias, head_bias = autocast(bias, head_bias, kind=call.device)
     check_like("bias", bias, form.x, (grid.out_features,), (call.contexts, grid.out_features))
     check_head_bias(head_bias, grid, form.x)
-    if choose_backend(call, order, backend)[0] == "reference":
+    if order is not None or backend is not None:
+        choose_backend(call, order, backend)  # raises if they cannot be had
+    if backend == "reference":
         if form.ids is not None:
             check_context_ids(form.ids, call.contexts)
         y = reference.hyper_linear(form.x, _materialize(form.hidden, form.head, grid, head_bias), form.ids)

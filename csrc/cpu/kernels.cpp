@@ -170,6 +170,17 @@ inline int64_t run_of(const int64_t* offset, int64_t n) {
     return run;
 }
 
+// Whole vectors of `lanes` that lie side by side.
+template <class T, int lanes>
+void copy_runs(const T* base, Side own, Side deep, int64_t padded, T* panel) {
+    typedef T Vector __attribute__((vector_size(lanes * sizeof(T)), aligned(alignof(T)), may_alias));
+    for (int64_t l = 0; l < own.n; l += lanes) {
+        const T* from = base + own.offset[l];
+        T* to = panel + l;
+        for (int64_t d = 0; d < deep.n; ++d, to += padded) *(Vector*)to = *(const Vector*)(from + deep.offset[d]);
+    }
+}
+
 template <class Kind, class Stored>
 void pack(const void* base_, Side own, Side deep, int64_t limit, int64_t padded, void* panel_) {
     using Part = typename Kind::Part;
@@ -188,16 +199,9 @@ void pack(const void* base_, Side own, Side deep, int64_t limit, int64_t padded,
     bool even = run >= 4 && own.n % run == 0;
     for (int64_t start = run; even && start < own.n; start += run) even = run_of(own.offset + start, run) == run;
     if constexpr (same<Part, Stored> && Kind::depth == 1) {
-        constexpr int64_t lanes = HK_VECTOR_BYTES / sizeof(Part);
-        if (even && run % lanes == 0) {
-            for (int64_t l = 0; l < own.n; l += lanes) {
-                const Stored* from = base + own.offset[l];
-                Part* to = panel + l;
-                for (int64_t d = 0; d < deep.n; ++d, to += padded)
-                    *(typename Kind::Unaligned*)to = *(const typename Kind::Unaligned*)(from + deep.offset[d]);
-            }
-            return;
-        }
+        constexpr int lanes = HK_VECTOR_BYTES / sizeof(Part);
+        if (even && run % lanes == 0) return copy_runs<Part, lanes>(base, own, deep, padded, panel);
+        if (even && run % (lanes / 2) == 0) return copy_runs<Part, lanes / 2>(base, own, deep, padded, panel);
     }
     if (even) {
         for (int64_t d = 0; d < deep.n; ++d) {
@@ -232,9 +236,14 @@ void form(Activation activation, const void* chunks_, const void* deep_, const v
         for (int64_t d = 0; d < depth; ++d) {
             const Sum* from = chunks + d * padded;
             typename Kind::Part* to = panel + at<Kind>(d, 0, padded);
-            const Sum shift = deep[d];
+            if (deep) {
+                const Sum shift = deep[d];
 #pragma GCC ivdep
-            for (int64_t l = 0; l < padded; ++l) put(decltype(f)::value(from[l] + (shift + own[l])), to[l * Kind::depth]);
+                for (int64_t l = 0; l < padded; ++l) put(decltype(f)::value(from[l] + shift), to[l * Kind::depth]);
+            } else {
+#pragma GCC ivdep
+                for (int64_t l = 0; l < padded; ++l) put(decltype(f)::value(from[l] + own[l]), to[l * Kind::depth]);
+            }
         }
     });
 }

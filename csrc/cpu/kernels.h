@@ -35,7 +35,7 @@ struct Kernels {
                                         const int64_t* row_offset, const int64_t* vector_offset, bool accumulate);
     // A panel [deep.n, padded] of numbers base[own + deep], zero beyond own.n and, with a limit, past the row's end.
     void (*pack[3])(const void* base, Side own, Side deep, int64_t limit, int64_t padded, void* panel);
-    // A panel of activation(chunks[d, l] + deep[d] + own[l]) from a panel of sums.
+    // A panel of activation(chunks[d, l] + deep[d]) from a panel of sums, or with no deep of (chunks[d, l] + own[l]).
     void (*form)(Activation, const void* chunks, const void* deep, const void* own, int64_t depth, int64_t padded,
                  void* panel);
     // dvalue[n] *= activation'(chunks[n] + context[n]), added to dchunks[n] and dcontext[n].

@@ -28,7 +28,8 @@ void form(const Kernels& kernels, const Kernels& plain, Activation activation, c
         char* to = panels + panel_bytes(kernels, cut.padded(), block);
         for (int64_t p = 0; p < cut.count; ++p) {
             int64_t start = cut.start(p), width = cut.start(p + 1) - start;
-            kernels.form(activation, chunks, deep + d * plain.sum_bytes, own + start * plain.sum_bytes, some, width,
+            kernels.form(activation, chunks, deep ? deep + d * plain.sum_bytes : nullptr,
+                         own ? own + start * plain.sum_bytes : nullptr, some, width,
                          to + panel_bytes(kernels, width, d - block));
             chunks += panel_bytes(plain, width, some);
             to += panel_bytes(kernels, width, block_rest);

@@ -39,8 +39,8 @@ inline int64_t packed_bytes(const Kernels& kernels, int64_t n, int64_t depth, bo
 void pack(const Kernels& kernels, const void* base, Storage storage, Side own, Side deep, int64_t limit, bool lanes,
           char* panels);
 
-// Panels of an additive hidden layer from panels of its chunks, packed by `plain`; `deep` and `own` are sums, the
-// context's part along either side.
+// Panels of an additive hidden layer from panels of its chunks, packed by `plain`; `deep` or else `own` are sums, the
+// context's part along that side, and the other is null.
 void form(const Kernels& kernels, const Kernels& plain, Activation activation, const char* chunks, const char* deep,
           const char* own, int64_t n, int64_t depth, bool lanes, char* panels);
 

@@ -56,7 +56,10 @@ double Step::cost(const Product& product, int side) const {
         if (has(labels(product.out), l)) innermost = l;
     bool side_by_side =
         has(product.own[side], innermost) && extent(product, set(Label(innermost))) % k.lanes == 0;
-    return other * (vectors * std::ceil(depth / k.depth) * load + (side_by_side ? 2 * vectors : 2.0 * n));
+    // An additive hidden layer is formed anew for each context, in whole vectors where it is the lanes' side.
+    bool formed = product.slots[1 - side] == HIDDEN && shape_.activation != Activation::none;
+    return other * (vectors * std::ceil(depth / k.depth) * load + (side_by_side ? 2 * vectors : 2.0 * n) +
+                    (formed ? depth : 0));
 }
 
 // All of a step, in multiplications of a vector by one thread. The constants are what a packed number, an activation
@@ -183,9 +186,9 @@ Step::Step(const Shape& shape, std::array<int, 2> forms, const std::vector<int>&
         else if (has(labels(p.out), T)) sums_bytes_ = out_bytes;
         else if (p.out == HIDDEN && additive) tile_bytes_ = out_bytes;
     }
-    // The context's part along either side of a product, padded to whole vectors.
+    // The context's part along a side of a product, padded to whole vectors.
     line_bytes_ = aligned_up((widest + kernels_->lanes) * kernels_->sum_bytes);
-    thread_bytes_ = formed_bytes_ + sums_bytes_ + tile_bytes_ + chunk_bytes_ + 2 * line_bytes_ +
+    thread_bytes_ = formed_bytes_ + sums_bytes_ + tile_bytes_ + chunk_bytes_ + line_bytes_ +
                     aligned_up(max_rows * max_vectors * kernels_->lanes * kernels_->sum_bytes);
     for (const Product& p : products_) thread_bytes_ += p.bytes[0] + p.bytes[1];
 }

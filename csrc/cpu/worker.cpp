@@ -72,7 +72,7 @@ class Worker {
     std::vector<Layout> output_layouts_;
     std::vector<std::array<Kept, 2>> kept_;
     std::vector<std::array<char*, 2>> buffers_;
-    char *formed_base_, *sums_base_, *tile_base_, *chunk_base_, *deep_line_, *own_line_, *spill_;
+    char *formed_base_, *sums_base_, *tile_base_, *chunk_base_, *line_, *spill_;
     const Product* summing_ = nullptr;
     Ranges summed_{};
     Offsets own_, deep_, left_, right_;
@@ -88,8 +88,7 @@ Worker::Worker(const Step& step, const Arguments& arguments, const std::vector<O
     sums_base_ = take(step.sums_bytes_);
     tile_base_ = take(step.tile_bytes_);
     chunk_base_ = take(step.chunk_bytes_);
-    deep_line_ = take(step.line_bytes_);
-    own_line_ = take(step.line_bytes_);
+    line_ = take(step.line_bytes_);
     for (size_t n = 0; n < buffers_.size(); ++n)
         for (int side : {0, 1}) buffers_[n][side] = take(step.products_[n].bytes[side]);
     spill_ = at;
@@ -204,19 +203,14 @@ void Worker::form_panels(const Product& product, int side, const Ranges& ranges,
     int64_t itemsize = bytes_of(shape().storage);
     auto run = plain.pack[static_cast<int>(shape().storage)];
     // The context's part varies along the label k, which lies on one side of the product.
-    auto along = [&](Labels labels, Offsets& offsets, bool lanes, char* line) {
-        enumerate(layout, labels, ranges, offsets);
-        Side one = offsets.side();
-        int64_t padded = Cut(plain, one.n, lanes).padded(), zero = 0;
-        if (has(labels, K))
-            run(layout.base + context * layout.lead[0] * itemsize, one, {1, &zero, &zero}, 0, padded, line);
-        else
-            memset(line, 0, padded * plain.sum_bytes);
-    };
-    along(product.own[side], own_, product.lanes == side, own_line_);
-    along(product.deep, deep_, false, deep_line_);
-    form(kernels(), plain, shape().activation, chunks, deep_line_, own_line_, own_.side().n, deep_.side().n,
-         product.lanes == side, to);
+    bool by_own = has(product.own[side], K), lanes = product.lanes == side;
+    enumerate(layout, product.own[side], ranges, own_);
+    enumerate(layout, product.deep, ranges, deep_);
+    Side one = (by_own ? own_ : deep_).side();
+    int64_t padded = by_own ? Cut(plain, one.n, lanes).padded() : one.n, zero = 0;
+    run(layout.base + context * layout.lead[0] * itemsize, one, {1, &zero, &zero}, 0, padded, line_);
+    form(kernels(), plain, shape().activation, chunks, by_own ? nullptr : line_, by_own ? line_ : nullptr,
+         own_.side().n, deep_.side().n, lanes, to);
 }
 
 void Worker::make_panels(const Product& product, int side, const Ranges& ranges, int64_t context, char* to) {

@@ -33,7 +33,9 @@ else:
 
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 LABELS = "tijkrq"
-DEPTH, LANES = 256, 128  # of an intermediate's block as the next product reads it
+DEPTH, LANES = 256, 128  # of an intermediate's block as the next product reads it, where there is as much
+FORMED = DEPTH * LANES  # numbers of the intermediate
+TALL = 28  # rows of the product that forms it
 OPERAND = 1 << 18  # numbers of head or hidden that a block reads
 VECTORS_PER_US = 3500  # multiplications of a vector by one thread
 CALL_US = 5
@@ -196,9 +198,12 @@ def _blocks(call: Call, sizes: dict[str, int], formed: set[str]) -> dict[str, in
     # lane stays in the intermediate while the pair's other chunk label is summed, and deep the other way round
     lane, deep, summed, kept = ("r", "j", "q", "i") if "r" in formed else ("q", "i", "r", "j")
     block[lane] = min(sizes[lane], LANES)
-    block["t"] = min(sizes["t"], max(ceil_div(LANES, block[lane]), ceil_div(14, sizes[deep])))
-    block["k"] = min(sizes["k"], max(1, DEPTH // sizes[deep]))
-    block[deep] = min(sizes[deep], max(1, DEPTH // block["k"]))
+    of_a_context = ceil_div(sizes["t"], min(call.contexts, sizes["t"]))
+    wanted = max(min(ceil_div(LANES, block[lane]), of_a_context), ceil_div(TALL, sizes[deep]))
+    block["t"] = min(sizes["t"], wanted)
+    depth = max(DEPTH, FORMED // (block["t"] * block[lane]))
+    block["k"] = min(sizes["k"], max(1, depth // sizes[deep]))
+    block[deep] = min(sizes[deep], max(1, depth // block["k"]))
     if kept in formed:  # a head per chunk
         block[kept] = 1
     while block["k"] * max(block[lane], block[deep]) > 1 and (
