@@ -1,14 +1,14 @@
-# make demo | test | lint | bench | gpu. Each makes .venv first if it is missing.
+# make demo | test | sanitize | lint | bench | gpu. Each makes .venv first if it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench readme gpu clean
+.PHONY: help demo test sanitize lint format bench readme gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,16 @@ demo: $(VENV)/installed  ## train the demo: a table, and a picture in out/
 
 test: $(VENV)/installed  ## all tests and docstring examples
 	$(BIN)/python -m pytest
+
+SANITIZED := build/sanitized
+sanitize: $(VENV)/installed  ## the native engine under AddressSanitizer and UBSan
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r hyperkernels $(SANITIZED)/ && rm -f $(SANITIZED)/hyperkernels/*.so
+	HYPERKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -fno-omit-frame-pointer" \
+	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/pytest -q tests/test_native_cpu.py -m "not slow" -k "instruction_set or drawn or threads or activations"
 
 lint: $(VENV)/installed  ## ruff and pyright
 	$(BIN)/ruff check .

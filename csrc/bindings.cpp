@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+
+#include "cpu/dense.h"
 #include "cpu/step.h"
 
 namespace py = pybind11;
@@ -32,16 +35,20 @@ Rows rows_of(int64_t count, int64_t contexts, int64_t tokens, uintptr_t entries,
             reinterpret_cast<const int64_t*>(starts)};
 }
 
+const InstructionSet& chosen(const std::string& isa) {
+    const InstructionSet* set = instruction_set(isa.empty() ? nullptr : isa.c_str());
+    if (!set) throw py::value_error("isa: got '" + isa + "', wanted one of instruction_sets()");
+    return *set;
+}
+
 Step step(std::vector<int64_t> extent, std::vector<int64_t> block, int64_t out_features, int64_t in_features,
           int64_t contexts, int64_t rows_per_context, bool per_chunk_heads, int activation, int storage,
           std::vector<int> forms, std::vector<int> outputs, int split, bool aligned, int threads,
           size_t prepare_bytes, const std::string& isa) {
-    const InstructionSet* set = instruction_set(isa.empty() ? nullptr : isa.c_str());
-    if (!set) throw py::value_error("isa: got '" + isa + "', wanted one of instruction_sets()");
     Shape shape{array<label_count>(extent, "extent"), array<label_count>(block, "block"), out_features, in_features,
                 contexts, rows_per_context, per_chunk_heads, static_cast<Activation>(activation),
                 static_cast<Storage>(storage)};
-    return Step(shape, array<2>(forms, "forms"), outputs, split, aligned, threads, prepare_bytes, *set);
+    return Step(shape, array<2>(forms, "forms"), outputs, split, aligned, threads, prepare_bytes, chosen(isa));
 }
 
 void run(const Step& step, const std::vector<View>& factors, const View& chunks, const std::vector<uintptr_t>& outputs,
@@ -56,6 +63,16 @@ void run(const Step& step, const std::vector<View>& factors, const View& chunks,
     step.run(arguments);
 }
 
+// Multiplications and additions per second of one thread whose operands never leave its registers.
+double peak_flops_per_s(const std::string& isa, int64_t vectors) {
+    const Kernels& kernels = *chosen(isa).f32;
+    py::gil_scoped_release unlocked;
+    auto start = std::chrono::steady_clock::now();
+    volatile double kept = kernels.spin(vectors);
+    (void)kept;
+    return 2.0 * vectors * kernels.lanes / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -64,6 +81,16 @@ PYBIND11_MODULE(_cpu, module) {
         const char* names[max_instruction_sets];
         return std::vector<std::string>(names, names + instruction_sets(names));
     });
+    module.def("peak_flops_per_s", &peak_flops_per_s, py::arg("isa") = "", py::arg("vectors") = int64_t(100'000'000),
+               "the ceiling of one thread in fp32");
+    py::class_<Dense>(module, "Dense", "a dense fp32 layer by the engine's own tiles, its weight packed once")
+        .def(py::init([](uintptr_t weight, int64_t outputs, int64_t inputs) {
+                 return Dense(reinterpret_cast<const float*>(weight), outputs, inputs, chosen(""));
+             }), py::arg("weight"), py::arg("outputs"), py::arg("inputs"))
+        .def("run", [](const Dense& dense, uintptr_t x, int64_t rows, uintptr_t y, int threads) {
+            py::gil_scoped_release unlocked;
+            dense.run(reinterpret_cast<const float*>(x), rows, reinterpret_cast<float*>(y), threads);
+        }, py::arg("x"), py::arg("rows"), py::arg("y"), py::arg("threads"));
     py::class_<Step>(module, "Step")
         .def(py::init(&step), py::kw_only(), py::arg("extent"), py::arg("block"), py::arg("out_features"),
              py::arg("in_features"), py::arg("contexts"), py::arg("rows_per_context"), py::arg("per_chunk_heads"),

@@ -128,7 +128,7 @@ struct GeluTanh {
     template <class T>
     static T slope(T x) {
         T s = sigmoid(inner(x));
-        return s + x * s * (1 - s) * 2 * sqrt_2_over_pi<T> * (1 + 3 * cubic<T> * x * x);
+        return s + x * s * sigmoid(-inner(x)) * 2 * sqrt_2_over_pi<T> * (1 + 3 * cubic<T> * x * x);
     }
 };
 struct Silu {
@@ -137,7 +137,7 @@ struct Silu {
     template <class T>
     static T slope(T x) {
         T s = sigmoid(x);
-        return s * (1 + x * (1 - s));
+        return s * (1 + x * sigmoid(-x));
     }
 };
 struct Tanh {

@@ -278,6 +278,25 @@ void add(const void* sums_, int64_t n, void* totals_) {
     for (int64_t l = 0; l < n; ++l) totals[l] += sums[l];
 }
 
+template <class Sum>
+double spin(int64_t n) {
+    using Sums = typename Plain<Sum>::Vector;
+    constexpr int count = 2 * HK_TILE_ROWS < 24 ? 2 * HK_TILE_ROWS : 24;
+    volatile Sum seed = 0.5;  // unknown to the compiler
+    const Sums factor = Sums{} + seed, addend = factor;
+    Sums sum[count];
+#pragma GCC unroll 24
+    for (int s = 0; s < count; ++s) sum[s] = factor + Sum(s);  // chains that differ
+    for (int64_t left = n; left > 0; left -= count) {
+#pragma GCC unroll 24
+        for (int s = 0; s < count; ++s) sum[s] = sum[s] * factor + addend;
+    }
+    double total = 0;
+#pragma GCC unroll 24
+    for (int s = 0; s < count; ++s) total += sum[s][0];
+    return total;
+}
+
 template <class Kind, int rows>
 void tiles(Kernels& kernels) {
     kernels.tile[rows - 1][0] = tile<Kind, rows, 1>;
@@ -302,6 +321,7 @@ Kernels table() {
     tiles<Kind, HK_TILE_ROWS>(kernels);
     kernels.form = form<Kind>;
     kernels.add = add<Sum>;
+    kernels.spin = spin<Sum>;
     if constexpr (sizeof(Sum) == sizeof(double)) {
         constexpr int n = static_cast<int>(Storage::f64);
         kernels.pack[n] = pack<Kind, double>;

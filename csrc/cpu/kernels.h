@@ -43,6 +43,8 @@ struct Kernels {
                          void* dchunks, void* dcontext);
     void (*store[3])(const void* sums, int64_t n, void* out);  // rounded once
     void (*add)(const void* sums, int64_t n, void* totals);
+    // n multiplications of vectors that never leave the registers: the ceiling of everything above.
+    double (*spin)(int64_t n);
 };
 
 // The tables of one instruction set; pairs is null where bf16 products have no instruction.

@@ -54,7 +54,7 @@ class Worker {
     const char* panels(const Product& product, int side, const Ranges& ranges, int64_t context);
     void multiply(const Product& product, const Ranges& ranges, int64_t context);
     void multiply_by_context(const Product& product, Ranges ranges);
-    void pull_back(const Product& product, const Ranges& ranges, int64_t context);
+    void pull_back(const Ranges& ranges, int64_t context);
     void begin_sums(const Product& product, const Ranges& ranges);
     void end_sums();
 
@@ -291,7 +291,7 @@ void Worker::multiply(const Product& product, const Ranges& block, int64_t conte
                      base, sides[rows]->offset.data(), sides[lanes]->offset.data(), product.out != FORMED && !tile,
                      spill_);
     }
-    if (tile) pull_back(product, block, context);
+    if (tile) pull_back(block, context);
 }
 
 void Worker::multiply_by_context(const Product& product, Ranges ranges) {
@@ -308,7 +308,7 @@ void Worker::multiply_by_context(const Product& product, Ranges ranges) {
 }
 
 // The activation's derivative, and with it the sums over contexts and over chunks.
-void Worker::pull_back(const Product&, const Ranges& ranges, int64_t context) {
+void Worker::pull_back(const Ranges& ranges, int64_t context) {
     const Layout *dcontext = nullptr, *dchunks = nullptr;
     for (size_t n = 0; n < outputs_.size(); ++n)
         if (outputs_[n].slot == HIDDEN) (outputs_[n].chunks ? dchunks : dcontext) = &output_layouts_[n];
@@ -316,13 +316,15 @@ void Worker::pull_back(const Product&, const Ranges& ranges, int64_t context) {
     int64_t sum = kernels().sum_bytes, k = ranges[K].begin, depth = ranges[K].size();
     auto run = kernels().pull_back[static_cast<int>(shape().storage)];
     const char* tile = tile_.base;
-    for (int64_t i = ranges[I].begin; i < ranges[I].end; ++i)
+    for (int64_t i = ranges[I].begin; i < ranges[I].end; ++i) {
+        memset(line_, 0, depth * sum);  // summed by rows of chunks first: a long sum in fp32 loses digits
         for (int64_t j = ranges[J].begin; j < ranges[J].end; ++j, tile += depth * sum)
             run(shape().activation, tile,
                 chunks_.base + (i * chunks_.stride[I] + j * chunks_.stride[J] + k) * itemsize,
                 factors_[HIDDEN].base + (context * factors_[HIDDEN].lead[0] + k) * itemsize, depth,
-                dchunks->base + (i * dchunks->stride[I] + j * dchunks->stride[J] + k) * sum,
-                dcontext->base + (context * dcontext->lead[0] + k) * sum);
+                dchunks->base + (i * dchunks->stride[I] + j * dchunks->stride[J] + k) * sum, line_);
+        kernels().add(line_, depth, dcontext->base + (context * dcontext->lead[0] + k) * sum);
+    }
 }
 
 // The rows of y or dx that a block adds to are summed in the workspace, and stored when the blocks move on.

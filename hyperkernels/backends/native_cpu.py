@@ -77,7 +77,9 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     rows = (call.entries * call.tokens, call.contexts, max(call.tokens, 1))
     for step in plan.steps:
         for outputs in _runs(step):
-            native = _native(call, step.forms, outputs, balanced, torch.get_num_threads(), workspace_bytes(), "")
+            native = _native(
+                call, step.forms, outputs, balanced, torch.get_num_threads(), workspace_bytes(), INSTRUCTIONS
+            )
             workspace = torch.empty(native.workspace_bytes(*rows), dtype=torch.uint8)
             native.run(
                 [views.get(slot, absent) for slot in SLOTS],
@@ -94,7 +96,9 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
 def estimate(call: Call, step: Step) -> tuple[float, int]:
     """Time in us, and workspace in bytes."""
     rows, threads = call.entries * call.tokens, torch.get_num_threads()
-    natives = [_native(call, step.forms, outputs, True, threads, workspace_bytes(), "") for outputs in _runs(step)]
+    natives = [
+        _native(call, step.forms, outputs, True, threads, workspace_bytes(), INSTRUCTIONS) for outputs in _runs(step)
+    ]
     time_us = sum(CALL_US + native.work(rows) / native.threads / VECTORS_PER_US for native in natives)
     return time_us, max(native.workspace_bytes(rows, call.contexts, max(call.tokens, 1)) for native in natives)
 
@@ -104,6 +108,10 @@ def _runs(step: Step) -> list[tuple[str, ...]]:
     if {"x", "y"} <= set(step.outputs):
         return [(slot,) for slot in step.outputs]
     return [step.outputs]
+
+
+def _engine(call: Call, forms: tuple[str, str], outputs: tuple[str, ...], balanced: bool = True) -> Any:
+    return _native(call, forms, outputs, balanced, torch.get_num_threads(), workspace_bytes(), INSTRUCTIONS)
 
 
 @lru_cache(maxsize=4096)
@@ -206,8 +214,9 @@ def _blocks(call: Call, sizes: dict[str, int], formed: set[str]) -> dict[str, in
     block[deep] = min(sizes[deep], max(1, depth // block["k"]))
     if kept in formed:  # a head per chunk
         block[kept] = 1
+    operand = OPERAND if sizes["t"] > block["t"] else OPERAND // 8  # read once, packed operands are best short-lived
     while block["k"] * max(block[lane], block[deep]) > 1 and (
-        block["k"] * block[lane] * sizes[summed] > OPERAND or block["k"] * block[deep] * sizes[kept] > OPERAND
+        block["k"] * block[lane] * sizes[summed] > operand or block["k"] * block[deep] * sizes[kept] > operand
     ):
         longest = max("k", lane, deep, key=lambda label: block[label])
         block[longest] = ceil_div(block[longest], 2)

@@ -1,0 +1,263 @@
+"""The native CPU engine by itself: instruction sets, drawn problems, threads, addresses past 2^31, and its build."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONTEXTS, make_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hyperkernels as hk
+from hyperkernels.backends import native_cpu
+from hyperkernels.call import ORDERS
+from hyperkernels.chunking import Grid
+from hyperkernels.hidden import ACTIVATIONS
+from hyperkernels.testing import FLOOR, assert_no_worse_than_eager
+
+ROOT = Path(__file__).parents[1]
+INSTRUCTION_SETS = native_cpu._cpu.instruction_sets() if native_cpu._cpu else []
+
+
+def gradients(problem, tensors, dy, **keywords):
+    y = problem.call(*tensors, **keywords)
+    return (y, *torch.autograd.grad(y, tensors, dy.to(y.dtype)))
+
+
+def test_it_is_built_and_preferred():
+    assert native_cpu.MISSING == ""
+    assert "portable" in INSTRUCTION_SETS
+    hidden, head, x = torch.randn(4, 4, 2), torch.randn(2, 8, 8), torch.randn(3, 32)
+    assert hk.explain(hk.hyper_linear, x, hidden, head).backend == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("contexts", CONTEXTS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_every_instruction_set(name, order, contexts, dtype, monkeypatch):
+    """Over sizes that leave part of a vector, of a tile and of a block in every label."""
+    problem = make_problem(contexts, Grid(70, 330, 19, 37), 11, tokens=45, dtype=dtype)
+    high = tuple(v.detach().double().requires_grad_() for v in problem.tensors)
+    dy = torch.randn_like(problem.call(*problem.tensors)).double()
+    eager = gradients(problem, problem.tensors, dy, backend="reference")
+    exact = gradients(problem, high, dy, backend="reference")
+    monkeypatch.setattr(native_cpu, "INSTRUCTIONS", name)
+    ours = gradients(problem, problem.tensors, dy, backend="cpu", order=order)
+    for output, *values in zip(("y", *problem.names), ours, eager, exact):
+        assert_no_worse_than_eager(output, *values)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_small_integers_are_bit_equal_to_the_torch_backend(name, monkeypatch):
+    monkeypatch.setattr(native_cpu, "INSTRUCTIONS", name)
+    for contexts in ("shared", "per_entry", "ids"):
+        for dtype in (torch.float64, torch.float32):
+            problem = make_problem(contexts, Grid(70, 130, 16, 32), 8, tokens=20, integers=True, dtype=dtype)
+            dy = torch.randint(-2, 3, problem.call(*problem.tensors).shape)
+            for order in ORDERS:
+                found = gradients(problem, problem.tensors, dy, order=order, backend="cpu")
+                wanted = gradients(problem, problem.tensors, dy, order=order, backend="torch")
+                assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_activations_over_their_range(dtype, activation, name, monkeypatch):
+    """One weight is one value of the activation, and dcontext one of its slope."""
+    monkeypatch.setattr(native_cpu, "INSTRUCTIONS", name)
+    points = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, 1e-6, -1e-6, 100.0, -100.0, 1e4])])
+    for scale in (1.0, 1e-3):
+        leaves = [
+            (scale * points[:, None]).to(dtype),
+            torch.zeros(1, 1, 1, dtype=dtype),
+            torch.ones(1, 1, 1, dtype=dtype),
+        ]
+        low = [v.clone().requires_grad_() for v in leaves]
+        high = [v.double().requires_grad_() for v in leaves]
+
+        def run(leaves, backend):
+            hidden = hk.AdditiveHidden(leaves[0], leaves[1], activation)
+            y = hk.hyper_linear(torch.ones_like(leaves[0]), hidden, leaves[2], backend=backend)
+            return y, *torch.autograd.grad(y.sum(), leaves[:1])
+
+        exact = run(high, "reference")
+        for output, *values in zip(("y", "dcontext"), run(low, "cpu"), run(low, "reference"), exact):
+            assert_no_worse_than_eager(output, *values)
+
+
+@st.composite
+def problems(draw):
+    """A problem of any shape, and how its factors lie in memory."""
+    size = st.integers(1, 40)
+    rows, cols = draw(size), draw(size)
+    grid = Grid(draw(st.integers(1, 90)), draw(st.integers(1, 90)), rows, cols)
+    problem = make_problem(
+        draw(st.sampled_from(CONTEXTS)),
+        grid,
+        draw(st.integers(1, 20)),
+        tokens=draw(st.integers(0, 40)),
+        per_chunk_heads=draw(st.booleans()),
+        activation=draw(st.sampled_from(list(ACTIVATIONS))),
+        dtype=draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16])),
+        seed=draw(st.integers(0, 9)),
+    )
+    strided = [draw(st.sampled_from(["contiguous", "every other", "transposed", "expanded"])) for _ in problem.tensors]
+    return problem, strided, draw(st.sampled_from([None, *ORDERS])), draw(st.integers(1, 5))
+
+
+def laid_out(value: torch.Tensor, how: str) -> torch.Tensor:
+    """The same shape with other strides (and, where it is expanded, other values)."""
+    value = value.detach()
+    if how == "every other":
+        return value.repeat_interleave(2, -1)[..., ::2]
+    if how == "transposed":
+        return value.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "expanded":
+        return value[:1].expand_as(value)
+    return value
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(problems())
+def test_drawn_problems(drawn):
+    problem, strided, order, threads = drawn
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tensors = tuple(laid_out(v, how).requires_grad_() for v, how in zip(problem.tensors, strided))
+        dy = torch.randn_like(problem.call(*tensors)).double()
+        ours = gradients(problem, tensors, dy, backend="cpu", order=order)
+    finally:
+        torch.set_num_threads(before)
+    high = tuple(v.detach().double().requires_grad_() for v in tensors)
+    exact = gradients(problem, high, dy, backend="reference")
+    for name, value, want in zip(("y", *problem.names), ours, exact):
+        # A single draw may nearly cancel, so the scale is that of the sums' terms: here all of order 1.
+        if want.numel():
+            value, want = value.detach().double(), want.detach()
+            terms = (1 + problem.grid.in_features + problem.grid.out_features) * want.numel() ** 0.5
+            off = float((value - want).abs().max())
+            assert off <= FLOOR[tensors[0].dtype] * terms * (1 + float(want.abs().max())), (name, off)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("contexts", CONTEXTS)
+def test_any_number_of_threads_and_the_same_bits_again(contexts, threads):
+    problem = make_problem(contexts, Grid(60, 90, 8, 16), 8, tokens=30, dtype=torch.float32)
+    dy = torch.randn_like(problem.call(*problem.tensors))
+    wanted = gradients(problem, problem.tensors, dy, backend="reference")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for order in ORDERS:
+            first = gradients(problem, problem.tensors, dy, backend="cpu", order=order)
+            again = gradients(problem, problem.tensors, dy, backend="cpu", order=order)
+            assert all(torch.equal(a, b) for a, b in zip(first, again))
+            for got, want in zip(first, wanted):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_many_python_threads_at_once():
+    problems = [
+        make_problem(contexts, Grid(60, 90, 8, 16), 8, tokens=50, seed=n) for n in range(4) for contexts in CONTEXTS
+    ]
+    wanted = [problem.call(*problem.tensors, backend="reference") for problem in problems]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda problem: problem.call(*problem.tensors, backend="cpu"), problems))
+            for got, want in zip(found, wanted):
+                torch.testing.assert_close(got, want)
+
+
+def python(code: str, **environment: str) -> str:
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_a_team_smaller_than_asked_for_gives_the_same_bits():
+    code = """
+import torch, hyperkernels as hk
+torch.manual_seed(0)
+torch.set_num_threads(3)
+x, hidden, head = torch.randn(64, 256), torch.randn(16, 4, 8), torch.randn(8, 16, 64)
+print(hk.hyper_linear(x, hidden, head, backend="cpu").double().sum().item())
+"""
+    assert python(code) == python(code, OMP_THREAD_LIMIT="2")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps, which only Linux has")
+def test_there_is_one_pool_of_threads():
+    code = """
+import torch, hyperkernels as hk
+hk.hyper_linear(torch.randn(64, 256), torch.randn(16, 4, 8), torch.randn(8, 16, 64), backend="cpu")
+torch.randn(500, 500) @ torch.randn(500, 500)
+print(*{line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rsplit("/", 1)[-1]})
+"""
+    libraries = python(code).split()
+    assert len(libraries) == 1, libraries
+    assert Path(libraries[0]).name.startswith("libgomp"), libraries
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    """fp32 zeros whose pages take no memory until they are written."""
+    count = int(torch.tensor(shape).prod())
+    return torch.frombuffer(mmap.mmap(-1, 4 * count), dtype=torch.float32).view(*shape)
+
+
+@pytest.mark.slow
+def test_rows_past_2_to_the_31_elements():
+    x = zeros(2**19 + 5, 2**12)
+    hidden, head = torch.randn(2, 4, 2), torch.randn(2, 3, 1024)
+    x[-3:] = torch.randn(3, 2**12)
+    y = hk.hyper_linear(x, hidden, head, backend="cpu")
+    torch.testing.assert_close(y[-3:], x[-3:] @ hk.generate_weight(hidden, head, (6, 2**12)).T, rtol=1e-4, atol=1e-3)
+    assert not y[:-3].any()
+
+
+@pytest.mark.slow
+def test_contexts_past_2_to_the_31_elements():
+    hidden = zeros(2**16 + 1, 2**5, 2**5, 2**5)
+    hidden[-1] = torch.randn(2**5, 2**5, 2**5)
+    head, x = torch.randn(2**5, 2, 2), torch.randn(3, 64)
+    y = hk.hyper_linear(x, hidden, head, context_ids=torch.full((3,), 2**16), backend="cpu")
+    torch.testing.assert_close(y, x @ hk.generate_weight(hidden[-1], head, (64, 64)).T, rtol=1e-4, atol=1e-3)
+
+
+def test_without_a_compiler_the_package_builds_and_says_so(tmp_path):
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "temp"]
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, check=True)
+    ignored = shutil.ignore_patterns("*.so", "cpu_missing.txt", "__pycache__")
+    shutil.copytree(ROOT / "hyperkernels", tmp_path / "hyperkernels", ignore=ignored, dirs_exist_ok=True)
+    code = f"""
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # of this checkout
+sys.path.insert(0, {str(tmp_path)!r})
+import torch, hyperkernels as hk
+arguments = torch.randn(3, 32), torch.randn(4, 4, 2), torch.randn(2, 8, 8)
+hk.explain(hk.hyper_linear, *arguments)
+try:
+    hk.hyper_linear(*arguments, backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+    printed = python(code)
+    assert "not cpu: it was not built" in printed
+    assert "backend torch" in printed
+    assert "backend: 'cpu' cannot do this call: it was not built: " in printed
+    assert "no-such-compiler" in printed
