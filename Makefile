@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint format bench readme gpu clean
+.PHONY: help demo test sanitize lint format bench sweep readme gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ format: $(VENV)/installed  ## let ruff rewrite
 bench: $(VENV)/installed  ## measure on this machine's CPU: benchmarks/results/cpu.json, and its plot
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json
+
+sweep: $(VENV)/installed  ## measure every order over 240 shapes beside the planner's pick: benchmarks/results/sweep.json
+	$(BIN)/python benchmarks/sweep.py
 
 readme: $(VENV)/installed  ## write the saved results into the README's table
 	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json --readme README.md

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import hyperkernels as hk
 from hyperkernels.planner import default_chunk
-from hyperkernels.testing import assert_no_worse_than_eager
+from hyperkernels.testing import assert_no_worse_than_eager, peak_bytes
 
 OURS = "hyperkernels"
 
@@ -20,13 +21,15 @@ OURS = "hyperkernels"
 @dataclass
 class Case:
     """`contestants[OURS]` against the others. `check` raises if ours is wrong; `faster` and `smaller` say by what
-    factor ours should beat a baseline in time and in peak memory."""
+    factor ours should beat a baseline in time and in peak memory, `of_peak` what share of the FMA peak it should reach.
+    """
 
     name: str
     contestants: Contestants
     check: Callable[[], None]
     faster: dict[str, float] = field(default_factory=dict)
     smaller: dict[str, float] = field(default_factory=dict)
+    of_peak: float | None = None
 
 
 def linear(
@@ -37,12 +40,14 @@ def linear(
     *,
     train: bool = False,
     faster: dict[str, float] | None = None,
+    of_peak: float | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Case:
     """One context: against a dense layer of the same shape, and the same function with the weight formed.
 
-    `einsum` is torch.einsum over all three factors, on opt_einsum's path.
+    `einsum` is torch.einsum over all three factors, on opt_einsum's path; `tuned dense` is the dense layer by the
+    native engine's own tiles, its weight packed beforehand.
     """
     (N, K), (rows, cols) = shape, chunk
     I, J = N // rows, K // cols
@@ -72,6 +77,8 @@ def linear(
         ),
         OURS: lambda: run(hk.hyper_linear, leaves),
     }
+    if device == "cpu" and dtype == torch.float32 and not train:
+        contestants["tuned dense"] = tuned_dense(x.detach(), dense.weight.detach())
 
     def check() -> None:
         exact = run(materialised, [v.detach().double().requires_grad_() for v in leaves], dy.double())
@@ -80,10 +87,26 @@ def linear(
             assert_no_worse_than_eager(name, *values)
 
     what = "forward and backward" if train else "forward"
-    return Case(f"{what}, {N}x{K}, chunks {rows}x{cols}, m={m}, B={B}", contestants, check, faster or {})
+    name = f"{what}, {N}x{K}, chunks {rows}x{cols}, m={m}, B={B}"
+    return Case(name, contestants, check, faster or {}, of_peak=of_peak)
 
 
-def contexts(G: int = 64, N: int = 1024, K: int = 1024, rows: int = 16, cols: int = 64, m: int = 32) -> Case:
+def tuned_dense(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    N, K = weight.shape
+    layer = import_module("hyperkernels._cpu").Dense(weight.data_ptr(), N, K)
+
+    def run() -> Tensor:
+        y = torch.empty(len(x), N)
+        layer.run(x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    torch.testing.assert_close(run(), F.linear(x, weight), rtol=1e-4, atol=1e-4)
+    return run
+
+
+def contexts(
+    G: int, faster: dict[str, float], N: int = 1024, K: int = 1024, rows: int = 16, cols: int = 64, m: int = 32
+) -> Case:
     """A context for each sample, through a trunk of one hidden layer: against hypnettorch's chunked hypernetwork.
 
     Both sides hold hypnettorch's own parameters. Its flat chunks are laid out as ours are, `rows x cols` tiles of W,
@@ -129,23 +152,32 @@ def contexts(G: int = 64, N: int = 1024, K: int = 1024, rows: int = 16, cols: in
             torch.testing.assert_close(generated[g], tiles)
         exact = torch.einsum("gnk,gk->gn", generated.double(), x.double())
         assert_no_worse_than_eager("y", ours(), ours("reference"), exact)
+        assert peak_bytes(ours) < 4 * G * I * J * m / 2, "the hidden layer of every context was formed"
 
     return Case(
         f"forward, {G} contexts of one sample, {N}x{K}, chunks {rows}x{cols}, m={m}",
-        {"hypnettorch": hypnettorch, "materialise": lambda: ours("reference"), OURS: ours},
+        {
+            "hypnettorch": hypnettorch,
+            "materialise": lambda: ours("reference"),
+            "torch backend": lambda: ours("torch"),
+            OURS: ours,
+        },
         check,
-        {"hypnettorch": 30},
+        faster,
         {"hypnettorch": 100},
     )
 
 
-LARGE = ((4096, 4096), (16, 256), 32)
+LARGE, SMALL = ((4096, 4096), (16, 256), 32), ((1024, 1024), (16, 64), 32)
 CPU_CASES: dict[str, Callable[[], Case]] = {
-    "decode": lambda: linear(*LARGE, B=1),
-    "forward_16": lambda: linear(*LARGE, B=16),
-    "forward_256": lambda: linear(*LARGE, B=256, faster={"nn.Linear": 2.5}),
-    "train_256": lambda: linear(*LARGE, B=256, train=True, faster={"nn.Linear": 2}),
-    "small_256": lambda: linear((1024, 1024), (16, 64), 32, B=256),
+    "decode": lambda: linear(*LARGE, B=1, faster={"nn.Linear": 8}),
+    "forward_16": lambda: linear(*LARGE, B=16, faster={"nn.Linear": 12}),
+    "forward_256": lambda: linear(*LARGE, B=256, faster={"nn.Linear": 10, "tuned dense": 3}, of_peak=0.8),
+    "forward_2048": lambda: linear(*LARGE, B=2048, faster={"nn.Linear": 9, "tuned dense": 3}, of_peak=0.8),
+    "train_256": lambda: linear(*LARGE, B=256, train=True, faster={"nn.Linear": 7}),
+    "small_256": lambda: linear(*SMALL, B=256, faster={"nn.Linear": 2}),
+    "small_2048": lambda: linear(*SMALL, B=2048, faster={"nn.Linear": 2}),
     "small_default_chunk_256": lambda: linear((1024, 1024), default_chunk(1024, 1024, 32), 32, B=256),
-    "contexts_64": contexts,
+    "contexts_64": lambda: contexts(64, {"hypnettorch": 150}),
+    "contexts_256": lambda: contexts(256, {"torch backend": 3}),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,14 +41,21 @@ def timed(call: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def ceilings(device: str = "cpu") -> dict[str, float]:
-    """The best of ten large matrix products and of ten large copies, fp32 on a CPU and bf16 on a CUDA device."""
+    """The best of ten large matrix products and of ten large copies, fp32 on a CPU and bf16 on a CUDA device; on a CPU
+    also the fp32 multiplications and additions of all threads whose operands never leave their registers."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a = torch.randn(size, size, device=device, dtype=dtype)
     source = torch.randn(64 << 20, device=device)
     target = torch.empty_like(source)
     product = min(timed(lambda: a @ a, device) for _ in range(10))
     copy = min(timed(lambda: target.copy_(source), device) for _ in range(10))
-    return {"gflop_per_s": 2 * size**3 / product / 1e9, "gb_per_s": 2 * source.nbytes / copy / 1e9}
+    found = {"gflop_per_s": 2 * size**3 / product / 1e9, "gb_per_s": 2 * source.nbytes / copy / 1e9}
+    if device == "cpu":
+        spin, threads = import_module("hyperkernels._cpu").peak_flops_per_s, torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            together = [sum(pool.map(lambda _: spin(), range(threads))) for _ in range(5)]
+        found["fma_gflop_per_s"] = max(together) / 1e9
+    return found
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -44,6 +44,7 @@ def test_case(benchmark, name):
         flops=counter.get_total_flops(),
         faster=case.faster,
         smaller=case.smaller,
+        of_peak=case.of_peak,
         times={baseline: Quantiles.of(values)._asdict() for baseline, values in times.items()},
         peak_mib={baseline: peak_bytes(call) / 2**20 for baseline, call in case.contestants.items()},
     )

@@ -83,7 +83,7 @@ def hyper_linear(
         factors = (hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden, None)
         (y,) = partials(settings, form.ids, None, *factors, form.head, form.x)
         if head_bias is not None:
-            y = y + _head_bias_term(form.x, head_bias, grid)
+            y = _add_head_bias(y, form.x, head_bias, grid)
     if bias is not None:
         if bias.dim() == 2:
             bias = (bias if form.ids is None else bias[form.ids])[:, None]
@@ -133,14 +133,16 @@ def _materialize(hidden: Tensor | AdditiveHidden, head: Tensor, grid: Grid, head
     return reference.materialize(dense, head, grid.out_features, grid.in_features, head_bias)
 
 
-def _head_bias_term(x: Tensor, head_bias: Tensor, grid: Grid) -> Tensor:
-    """`sum_{j,q} head_bias[r,q] x[.., j*cols+q]`, the same for every row i of chunks; `[L, T, N]`."""
+def _add_head_bias(y: Tensor, x: Tensor, head_bias: Tensor, grid: Grid) -> Tensor:
+    """`y + sum_{j,q} head_bias[r,q] x[.., j*cols+q]`, the same for every row i of chunks; `[L, T, N]`."""
     if head_bias.dim() == 3:
         ones = x.new_ones(grid.I, grid.J, 1)
-        return hyper_linear(x, ones, head_bias[:, None], out_features=grid.out_features)
+        return y + hyper_linear(x, ones, head_bias[:, None], out_features=grid.out_features)
     whole = grid.in_features // grid.cols * grid.cols
     summed = to_chunks(x[..., :whole], grid.cols).sum(-2)
     if whole < grid.in_features:
         summed = summed + F.pad(x[..., whole:], (0, whole + grid.cols - grid.in_features))
     term = summed @ head_bias.T
-    return term.repeat(1, 1, grid.I)[..., : grid.out_features]
+    if grid.out_features % grid.rows == 0:
+        return (y.unflatten(-1, (grid.I, grid.rows)) + term[..., None, :]).flatten(-2)
+    return y + term.repeat(1, 1, grid.I)[..., : grid.out_features]

@@ -20,8 +20,9 @@ def run(*command):
 
 def test_readme_holds_the_saved_results():
     results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    sweep = json.loads((ROOT / "benchmarks/results/sweep.json").read_text())
     readme = (ROOT / "README.md").read_text()
-    assert report.in_readme(readme, results) == readme, "run `make readme`"
+    assert report.in_readme(readme, results, sweep) == readme, "run `make readme`"
 
 
 @pytest.mark.parametrize(("factor", "code"), [(0.001, 0), (1e6, 1)], ids=["reached", "missed"])
@@ -29,7 +30,7 @@ def test_report(tmp_path, factor, code):
     results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
     for bench in results["benchmarks"]:
         if "faster" in bench["extra_info"]:
-            bench["extra_info"] |= {"faster": {"materialise": factor}, "smaller": {}}
+            bench["extra_info"] |= {"faster": {"materialise": factor}, "smaller": {}, "of_peak": None}
     (tmp_path / "cpu.json").write_text(json.dumps(results))
     result = run("benchmarks/report.py", tmp_path / "cpu.json")
     assert result.returncode == code, result.stderr
@@ -47,8 +48,25 @@ def test_report_of_a_damaged_file(tmp_path, text):
 
 def test_a_missed_factor_is_said():
     times = {"nn.Linear": {"p50_ms": 2.0}, "hyperkernels": {"p50_ms": 1.0}}
-    case = {"times": times, "faster": {"nn.Linear": 2.5}}
-    assert report.verdicts(case) == [("2.0 times faster than nn.Linear, wanted 2.5", False)]
+    case = {"times": times, "faster": {"nn.Linear": 2.5}, "of_peak": 0.5, "flops": 2e8}
+    assert report.verdicts(case, peak=500.0) == [
+        ("2.0 times faster than nn.Linear, wanted 2.5 [5.0]", False),
+        ("40% of the FMA peak, wanted 50%", False),
+    ]
+
+
+def test_the_sweep_runs_and_saves(tmp_path):
+    result = run("benchmarks/sweep.py", "--shapes", "3", "--rounds", "1", "--output", tmp_path / "sweep.json")
+    assert result.returncode in (0, 1), result.stderr
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(saved["shapes"]) == 3
+    assert all(row["of_best"] >= 1 for row in saved["shapes"])
+
+
+def test_the_saved_sweep_shows_the_planner_picking_well():
+    shapes = json.loads((ROOT / "benchmarks/results/sweep.json").read_text())["shapes"]
+    assert len(shapes) >= 200
+    assert sum(row["of_best"] <= 1.15 for row in shapes) >= 0.9 * len(shapes)
 
 
 def test_make_gpu_runs_end_to_end_without_one(tmp_path):
@@ -62,7 +80,13 @@ def test_make_gpu_runs_end_to_end_without_one(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["benchmarks/report.py", "benchmarks/gpu.py", "benchmarks/ten_billion_weights.py", "python/demos/vit_rotations.py"],
+    [
+        "benchmarks/report.py",
+        "benchmarks/sweep.py",
+        "benchmarks/gpu.py",
+        "benchmarks/ten_billion_weights.py",
+        "python/demos/vit_rotations.py",
+    ],
 )
 def test_help_teaches_with_examples(command):
     result = run(command, "--help")

@@ -233,17 +233,19 @@ void form(Activation activation, const void* chunks_, const void* deep_, const v
     auto panel = static_cast<typename Kind::Part*>(panel_);
     if (depth % Kind::depth) memset(panel + at<Kind>(depth - 1, 0, padded), 0, sizeof(*panel) * Kind::depth * padded);
     with_activation(activation, [&](auto f) {
+        constexpr int lanes = HK_VECTOR_BYTES / sizeof(Sum);
         for (int64_t d = 0; d < depth; ++d) {
             const Sum* from = chunks + d * padded;
             typename Kind::Part* to = panel + at<Kind>(d, 0, padded);
-            if (deep) {
-                const Sum shift = deep[d];
+            auto one = [&](int64_t l) {
+                put(decltype(f)::value(from[l] + (deep ? deep[d] : own[l])), to[l * Kind::depth]);
+            };
+            int64_t l = 0;
+            for (; l + lanes <= padded; l += lanes) {
 #pragma GCC ivdep
-                for (int64_t l = 0; l < padded; ++l) put(decltype(f)::value(from[l] + shift), to[l * Kind::depth]);
-            } else {
-#pragma GCC ivdep
-                for (int64_t l = 0; l < padded; ++l) put(decltype(f)::value(from[l] + own[l]), to[l * Kind::depth]);
+                for (int n = 0; n < lanes; ++n) one(l + n);
             }
+            for (; l < padded; ++l) one(l);
         }
     });
 }

@@ -53,7 +53,7 @@ double Step::cost(const Product& product, int side) const {
     double load = std::max({1.0, (height + breadth) / (height * breadth), 8 / (height * breadth)});
     int innermost = T;
     for (int l = 0; l < label_count; ++l)
-        if (has(labels(product.out), l)) innermost = l;
+        if (has(labels(product.out), l) && elements(set(Label(l))) > 1) innermost = l;
     bool side_by_side =
         has(product.own[side], innermost) && extent(product, set(Label(innermost))) % k.lanes == 0;
     // An additive hidden layer is formed anew for each context, in whole vectors where it is the lanes' side.

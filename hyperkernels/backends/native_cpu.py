@@ -202,6 +202,9 @@ def _blocks(call: Call, sizes: dict[str, int], formed: set[str]) -> dict[str, in
             block[inner] = min(sizes[inner], DEPTH)
             block[outer] = min(sizes[outer], max(1, DEPTH // sizes[inner]))
         block["t"] = min(sizes["t"], 2 * DEPTH)
+        while sizes["k"] * block["r"] * block["q"] > OPERAND and max(block["r"], block["q"]) > 1:
+            longest = max("r", "q", key=lambda label: block[label])
+            block[longest] = ceil_div(block[longest], 2)
         return block
     # lane stays in the intermediate while the pair's other chunk label is summed, and deep the other way round
     lane, deep, summed, kept = ("r", "j", "q", "i") if "r" in formed else ("q", "i", "r", "j")
