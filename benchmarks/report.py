@@ -85,8 +85,8 @@ def table(results: dict[str, Any]) -> str:
         f"Python {machine['python']}; a large torch product runs at {ceilings['gflop_per_s']:.0f} GFLOP/s, "
         f"multiplications in registers at {ceilings['fma_gflop_per_s']:.0f}, a large copy at "
         f"{ceilings['gb_per_s']:.0f} GB/s. MiB are what a call holds at once beyond its inputs, ours and theirs; "
-        "einsum is `torch.einsum` over the same three factors on opt_einsum's path; tuned dense is a dense layer by our "
-        "own tiles, its weight packed beforehand.",
+        "einsum is `torch.einsum` over the same three factors on opt_einsum's path; tuned dense is a dense layer by "
+        "our own tiles, its weight packed beforehand.",
     ]
     return "\n".join(lines)
 

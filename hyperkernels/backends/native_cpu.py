@@ -209,7 +209,7 @@ def _blocks(call: Call, sizes: dict[str, int], formed: set[str]) -> dict[str, in
     # lane stays in the intermediate while the pair's other chunk label is summed, and deep the other way round
     lane, deep, summed, kept = ("r", "j", "q", "i") if "r" in formed else ("q", "i", "r", "j")
     block[lane] = min(sizes[lane], LANES)
-    of_a_context = ceil_div(sizes["t"], min(call.contexts, sizes["t"]))
+    of_a_context = ceil_div(sizes["t"], max(1, min(call.contexts, sizes["t"])))
     wanted = max(min(ceil_div(LANES, block[lane]), of_a_context), ceil_div(TALL, sizes[deep]))
     block["t"] = min(sizes["t"], wanted)
     depth = max(DEPTH, FORMED // (block["t"] * block[lane]))
