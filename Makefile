@@ -30,7 +30,7 @@ sanitize: $(VENV)/installed  ## the native engine under AddressSanitizer and UBS
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest -q tests/test_native_cpu.py -m "not slow" -k "instruction_set or drawn or threads or activations"
+	  $(BIN)/pytest -q tests/test_native_cpu.py -m "not slow" -k "instruction_set or drawn or threads or activations or share or nothing"
 
 lint: $(VENV)/installed  ## ruff and pyright
 	$(BIN)/ruff check .

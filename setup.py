@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent / "csrc"
+NOTE = "cpu_missing.txt"  # why the engine is not there
 COMMON = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall"
 AVX2 = "-mavx2 -mfma"
 AVX512 = f"{AVX2} -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512"
@@ -40,11 +41,16 @@ def objects() -> dict[str, tuple[Path, str]]:
     return found
 
 
+def ninja_path(path: Path) -> str:
+    return str(path.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def build_ninja(target: Path, extra: str) -> str:
     """The build as ninja reads it. `extra` flags are for every object and the link."""
     import pybind11
 
-    includes = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+    folders = (sysconfig.get_paths()["include"], pybind11.get_include())
+    includes = shlex.join(f"-I{folder}" for folder in folders).replace("$", "$$")
     lines = [
         "rule compile",
         f"  command = $cxx {COMMON} {extra} {includes} $flags -MMD -MF $out.d -c $in -o $out",
@@ -55,8 +61,8 @@ def build_ninja(target: Path, extra: str) -> str:
     lines.insert(0, f"cxx = {os.environ.get('CXX', 'c++')}")
     sources = objects()
     for name, (source, flags) in sources.items():
-        lines += [f"build {name}.o: compile {source.resolve()}", f"  flags = {flags}"]
-    lines += [f"build {target.resolve()}: link {' '.join(f'{name}.o' for name in sources)}", ""]
+        lines += [f"build {name}.o: compile {ninja_path(source)}", f"  flags = {flags}"]
+    lines += [f"build {ninja_path(target)}: link {' '.join(f'{name}.o' for name in sources)}", ""]
     return "\n".join(lines)
 
 
@@ -65,7 +71,7 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        note = target.with_name("cpu_missing.txt")
+        note = target.with_name(NOTE)
         folder = Path(self.build_temp) / "native"
         for path in (target.parent, folder):
             path.mkdir(parents=True, exist_ok=True)
@@ -78,11 +84,19 @@ class BuildNative(build_ext):
             self.announce(shlex.join(command), level=2)
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            output = getattr(error, "stdout", None) or str(error)
+            output = (getattr(error, "stdout", None) or "") + (getattr(error, "stderr", None) or "") or str(error)
             reason = next((line for line in output.splitlines() if "rror" in line or "not found" in line), str(error))
             target.unlink(missing_ok=True)
             note.write_text(f"it was not built: {reason.strip()}\n")
             self.warn(f"the native CPU engine was not built and the package goes without: {output}")
 
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "hyperkernels" / NOTE
+        source = Path(__file__).parent / "hyperkernels" / NOTE
+        source.unlink(missing_ok=True)
+        if built.exists():
+            source.write_text(built.read_text())
 
-setup(ext_modules=[Extension("hyperkernels._cpu", [])], cmdclass={"build_ext": BuildNative})
+
+setup(ext_modules=[Extension("hyperkernels._cpu", [], optional=True)], cmdclass={"build_ext": BuildNative})

@@ -42,7 +42,7 @@ def shapes(count: int) -> list[dict[str, Any]]:
         numbers = m * rows * cols, (1 if contexts == "additive" else G) * I * J * m
         if max(numbers) <= 1 << 24 and (contexts == "one" or B > 1):
             found.append({"N": N, "K": K, "rows": rows, "cols": cols, "m": m, "B": B, "contexts": contexts})
-    return random.Random(0).sample(found, count)
+    return random.Random(0).sample(found, min(count, len(found)))
 
 
 def measure(shape: dict[str, Any], rounds: int) -> dict[str, Any]:

@@ -48,6 +48,18 @@ Step step(std::vector<int64_t> extent, std::vector<int64_t> block, int64_t out_f
     Shape shape{array<label_count>(extent, "extent"), array<label_count>(block, "block"), out_features, in_features,
                 contexts, rows_per_context, per_chunk_heads, static_cast<Activation>(activation),
                 static_cast<Storage>(storage)};
+    auto want = [](bool good, const char* what) {
+        if (!good) throw py::value_error(what);
+    };
+    for (int l = 0; l < label_count; ++l)
+        want(shape.extent[l] > 0 && shape.block[l] > 0, "extent, block: wanted positive numbers");
+    want(threads > 0 && contexts > 0 && split >= 0 && split < label_count, "threads, contexts, split: out of range");
+    want(activation >= -1 && activation <= static_cast<int>(Activation::sin), "activation: out of range");
+    want(storage >= 0 && storage <= static_cast<int>(Storage::bf16), "storage: out of range");
+    want(forms.size() == 2 && forms[0] != forms[1] && !outputs.empty(), "forms, outputs: wanted two slots, and some");
+    for (const auto& slots : {forms, outputs})
+        for (int slot : slots) want(slot >= Y && slot <= X, "forms, outputs: wanted slots");
+    for (int slot : outputs) want(slot != forms[0] && slot != forms[1], "outputs: one is formed from");
     return Step(shape, array<2>(forms, "forms"), outputs, split, aligned, threads, prepare_bytes, chosen(isa));
 }
 
@@ -96,6 +108,7 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("in_features"), py::arg("contexts"), py::arg("rows_per_context"), py::arg("per_chunk_heads"),
              py::arg("activation"), py::arg("storage"), py::arg("forms"), py::arg("outputs"), py::arg("split"),
              py::arg("aligned"), py::arg("threads"), py::arg("prepare_bytes"), py::arg("isa"))
+        .def("block_bytes", &Step::block_bytes)
         .def("workspace_bytes",
              [](const Step& step, int64_t count, int64_t contexts, int64_t tokens) {
                  return step.workspace_bytes(rows_of(count, contexts, tokens, 0, 0));

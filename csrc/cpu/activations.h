@@ -37,13 +37,13 @@ inline Exponential exponential(float x) {
 
 inline float exp_(float x) {
     Exponential e = exponential(x);
-    return e.scale * e.rest + e.scale;
+    return x < -87 ? 0 : e.scale * e.rest + e.scale;
 }
 inline double exp_(double x) { return exp(x); }
 
 inline float expm1_(float x) {
     Exponential e = exponential(x);
-    return e.scale * e.rest + (e.scale - 1);
+    return x > 88 ? INFINITY : e.scale * e.rest + (e.scale - 1);
 }
 inline double expm1_(double x) { return expm1(x); }
 
@@ -65,8 +65,9 @@ inline float erfc_(float x) {
 }
 inline double erfc_(double x) { return erfc(x); }
 
-// sin(x + quarters * pi / 2)
+// sin(x + quarters * pi / 2); past 1e9, where numbers of fp32 lie 64 apart, that of 1e9
 inline float sine(float x, int quarters) {
+    x = x < -1e9f ? -1e9f : x > 1e9f ? 1e9f : x;
     double n = rint(x * 0.63661977236758134);
     float r = static_cast<float>((x - n * 1.5707963267948966) - n * 6.123233995736766e-17);
     int quadrant = (static_cast<int>(n) + quarters) & 3;
@@ -117,7 +118,7 @@ struct Gelu {
     static T value(T x) { return T(0.5) * x * erfc_(-x * sqrt_half<T>); }
     template <class T>
     static T slope(T x) {
-        return T(0.5) * erfc_(-x * sqrt_half<T>) + x * (T(0.5) * sqrt_2_over_pi<T>) * exp_(T(-0.5) * x * x);
+        return T(0.5) * erfc_(-x * sqrt_half<T>) + x * (T(0.5) * sqrt_2_over_pi<T> * exp_(T(-0.5) * x * x));
     }
 };
 struct GeluTanh {
@@ -127,6 +128,7 @@ struct GeluTanh {
     static T value(T x) { return x * sigmoid(inner(x)); }  // (1 + tanh(u)) / 2 = sigmoid(2 u)
     template <class T>
     static T slope(T x) {
+        x = x < -100 ? T(-100) : x > 100 ? T(100) : x;  // 0 or 1 from there, and no overflow
         T s = sigmoid(inner(x));
         return s + x * s * sigmoid(-inner(x)) * 2 * sqrt_2_over_pi<T> * (1 + 3 * cubic<T> * x * x);
     }

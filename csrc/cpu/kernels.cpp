@@ -32,6 +32,7 @@ inline float load(bf16 v) {
 
 inline void put(float v, float& out) { out = v; }
 inline void put(double v, double& out) { out = v; }
+inline void put(double v, float& out) { out = static_cast<float>(v); }
 inline void put(float v, bf16& out) {  // to nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &v, 4);
@@ -141,13 +142,13 @@ inline void turn(Vector (&square)[lanes]) {
     if constexpr (2 * step < lanes) turn<2 * step>(square);
 }
 
-// Returns how much of the depth was packed. The last lanes may be written past `padded`, onto the next depth's first, which
-// are written after them: so the squares go from the last, and some depth is always left over.
+// Returns how much of the depth was packed. The last lanes may be written past `padded`, onto the next depths' first, which
+// are written after them: so the squares go from the last, and as much depth is left over as they may spill onto.
 template <class T>
 int64_t pack_squares(const T* base, const int64_t* own, int64_t width, int64_t depth, int64_t padded, T* panel) {
     constexpr int lanes = HK_VECTOR_BYTES / sizeof(T);
     int64_t done = 0;
-    for (; done + lanes < depth; done += lanes) {
+    for (; (depth - done - lanes) * padded >= lanes - 1 && done + lanes < depth; done += lanes) {
         for (int64_t start = (width - 1) / lanes * lanes; start >= 0; start -= lanes) {
             typename Plain<T>::Vector square[lanes];
             for (int n = 0; n < lanes; ++n) {
@@ -255,7 +256,8 @@ void pull_back(Activation activation, const void* dvalue_, const void* chunks_, 
                void* dchunks_, void* dcontext_) {
     auto dvalue = static_cast<const Sum*>(dvalue_);
     auto chunks = static_cast<const Stored*>(chunks_), context = static_cast<const Stored*>(context_);
-    auto dchunks = static_cast<Sum*>(dchunks_), dcontext = static_cast<Sum*>(dcontext_);
+    auto dchunks = static_cast<double*>(dchunks_);
+    auto dcontext = static_cast<Sum*>(dcontext_);
     with_activation(activation, [&](auto f) {
 #pragma GCC ivdep
         for (int64_t k = 0; k < n; ++k) {
@@ -270,7 +272,10 @@ template <class Sum, class Stored>
 void store(const void* sums_, int64_t n, void* out_) {
     auto sums = static_cast<const Sum*>(sums_);
     auto out = static_cast<Stored*>(out_);
-    for (int64_t l = 0; l < n; ++l) put(sums[l], out[l]);
+    for (int64_t l = 0; l < n; ++l) {
+        if constexpr (same<Stored, bf16>) put(static_cast<float>(sums[l]), out[l]);
+        else put(sums[l], out[l]);
+    }
 }
 
 template <class Sum>
@@ -322,21 +327,24 @@ Kernels table() {
     kernels.sum_bytes = sizeof(Sum);
     tiles<Kind, HK_TILE_ROWS>(kernels);
     kernels.form = form<Kind>;
-    kernels.add = add<Sum>;
+    kernels.add[0] = add<Sum>;
+    kernels.add[1] = add<double>;
     kernels.spin = spin<Sum>;
     if constexpr (sizeof(Sum) == sizeof(double)) {
         constexpr int n = static_cast<int>(Storage::f64);
         kernels.pack[n] = pack<Kind, double>;
         kernels.pull_back[n] = pull_back<double, double>;
-        kernels.store[n] = store<double, double>;
+        kernels.store[0][n] = kernels.store[1][n] = store<double, double>;
     } else {
         constexpr int n = static_cast<int>(Storage::f32), b = static_cast<int>(Storage::bf16);
         kernels.pack[n] = pack<Kind, float>;
         kernels.pack[b] = pack<Kind, bf16>;
         kernels.pull_back[n] = pull_back<float, float>;
         kernels.pull_back[b] = pull_back<float, bf16>;
-        kernels.store[n] = store<float, float>;
-        kernels.store[b] = store<float, bf16>;
+        kernels.store[0][n] = store<float, float>;
+        kernels.store[0][b] = store<float, bf16>;
+        kernels.store[1][n] = store<double, float>;
+        kernels.store[1][b] = store<double, bf16>;
     }
     return kernels;
 }

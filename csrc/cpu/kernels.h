@@ -38,11 +38,12 @@ struct Kernels {
     // A panel of activation(chunks[d, l] + deep[d]) from a panel of sums, or with no deep of (chunks[d, l] + own[l]).
     void (*form)(Activation, const void* chunks, const void* deep, const void* own, int64_t depth, int64_t padded,
                  void* panel);
-    // dvalue[n] *= activation'(chunks[n] + context[n]), added to dchunks[n] and dcontext[n].
+    // dvalue[n] *= activation'(chunks[n] + context[n]), added to dchunks[n], in fp64, and to dcontext[n].
     void (*pull_back[3])(Activation, const void* dvalue, const void* chunks, const void* context, int64_t n,
                          void* dchunks, void* dcontext);
-    void (*store[3])(const void* sums, int64_t n, void* out);  // rounded once
-    void (*add)(const void* sums, int64_t n, void* totals);
+    // Of sums, and of sums in fp64: rounded once to a storage, and added to others.
+    void (*store[2][3])(const void* sums, int64_t n, void* out);
+    void (*add[2])(const void* sums, int64_t n, void* totals);
     // n multiplications of vectors that never leave the registers: the ceiling of everything above.
     double (*spin)(int64_t n);
 };

@@ -157,7 +157,7 @@ Step::Step(const Shape& shape, std::array<int, 2> forms, const std::vector<int>&
             if (has(formed_, l) && std::find(nest_.begin(), nest_.end(), l) == nest_.end() && wanted(l))
                 nest_.push_back(l);
     };
-    nest([&](int l) { return l == split; });
+    nest([&](int l) { return threads > 1 && l == split; });
     nest([&](int l) { return has(rows_output, l); });
     nest([](int) { return true; });
     for (int l : nest_) block_count_ *= blocks_[l] = ceil_div(shape.extent[l], shape.block[l]);
@@ -195,10 +195,10 @@ Step::Step(const Shape& shape, std::array<int, 2> forms, const std::vector<int>&
 
 std::vector<Output> Step::outputs(const Rows& rows, size_t* end) const {
     std::vector<Output> outputs;
-    size_t at = aligned_up(prepared_bytes_) + threads_ * thread_bytes_;
-    bool wide = bytes_of(shape_.storage) != kernels_->sum_bytes, additive = shape_.activation != Activation::none;
+    size_t at = block_bytes();
+    bool additive = shape_.activation != Activation::none;
     auto add = [&](int slot, bool chunks) {
-        Output output{slot, chunks, false, 1, 0, at};
+        Output output{slot, chunks, false, 1, 0, chunks ? 8 : kernels_->sum_bytes, at};
         bool by_context = slot == HIDDEN && !chunks, with_rows = has(labels(slot), T);
         Labels own = by_context && additive ? set(K) : labels(slot);
         output.is_private = split_ == T ? !with_rows && !(by_context && aligned_) : !has(own, split_);
@@ -207,8 +207,9 @@ std::vector<Output> Step::outputs(const Rows& rows, size_t* end) const {
         if (with_rows) output.count = rows.count * (slot == Y ? shape_.out_features : shape_.in_features);
         if (by_context) output.count *= shape_.contexts;
         output.is_private = output.is_private && threads_ > 1;
+        bool wide = bytes_of(shape_.storage) != output.sum_bytes;
         output.planes = output.is_private ? threads_ : wide && !with_rows ? 1 : 0;
-        at += aligned_up(output.planes * output.count * kernels_->sum_bytes);
+        at += aligned_up(output.planes * output.count * output.sum_bytes);
         outputs.push_back(output);
     };
     for (size_t n = 1; n < products_.size(); ++n) {
@@ -218,6 +219,8 @@ std::vector<Output> Step::outputs(const Rows& rows, size_t* end) const {
     *end = at;
     return outputs;
 }
+
+size_t Step::block_bytes() const { return aligned_up(prepared_bytes_) + threads_ * thread_bytes_; }
 
 size_t Step::workspace_bytes(const Rows& rows) const {
     size_t end;

@@ -90,13 +90,15 @@ struct Product {
 };
 
 // A tensor that an output comes in: by slot, `chunks` the second of an additive hidden layer's. Threads sum into `planes`
-// of their own (or one, where a sum is wider than an element), or with none into the output itself.
+// of their own (or one, where a sum is wider than an element), or with none into the output itself. What is summed over
+// every context, one by one, is summed in fp64.
 struct Output {
     int slot;
     bool chunks;
     bool is_private;
     int64_t count;  // elements
     int64_t planes;
+    int64_t sum_bytes;
     size_t at;  // in the workspace
 };
 
@@ -108,6 +110,8 @@ class Step {
     Step(const Shape& shape, std::array<int, 2> forms, const std::vector<int>& outputs, int split, bool aligned,
          int threads, size_t prepare_bytes, const InstructionSet& set);
 
+    // What the blocks take, and with the sums that threads hold apart.
+    size_t block_bytes() const;
     size_t workspace_bytes(const Rows& rows) const;
     double work(int64_t rows) const;
     int threads() const { return threads_; }

@@ -140,7 +140,7 @@ Layout Worker::output_layout(const Output& output) const {
     if (has(labels, T)) labels = 0;
     Layout layout = contiguous(labels, all, workspace_ + output.at);
     if (!output.planes) layout.base = arguments_.outputs[&output - outputs_.data()].data;
-    else if (output.is_private) layout.base += thread_ * output.count * kernels().sum_bytes;
+    else if (output.is_private) layout.base += thread_ * output.count * output.sum_bytes;
     if (context) layout.lead[0] = output.count / shape().contexts;
     return layout;
 }
@@ -322,8 +322,8 @@ void Worker::pull_back(const Ranges& ranges, int64_t context) {
             run(shape().activation, tile,
                 chunks_.base + (i * chunks_.stride[I] + j * chunks_.stride[J] + k) * itemsize,
                 factors_[HIDDEN].base + (context * factors_[HIDDEN].lead[0] + k) * itemsize, depth,
-                dchunks->base + (i * dchunks->stride[I] + j * dchunks->stride[J] + k) * sum, line_);
-        kernels().add(line_, depth, dcontext->base + (context * dcontext->lead[0] + k) * sum);
+                dchunks->base + (i * dchunks->stride[I] + j * dchunks->stride[J] + k) * sizeof(double), line_);
+        kernels().add[0](line_, depth, dcontext->base + (context * dcontext->lead[0] + k) * sum);
     }
 }
 
@@ -362,8 +362,8 @@ void Worker::end_sums() {
             int64_t length = std::min(run, features - feature);
             if (length <= 0) continue;
             char* to = output_layouts_[n].base;
-            if (outputs_[n].is_private) kernels().add(from, length, to + (start + feature) * sum);
-            else kernels().store[static_cast<int>(shape().storage)](from, length, to + (start + feature) * item);
+            if (outputs_[n].is_private) kernels().add[0](from, length, to + (start + feature) * sum);
+            else kernels().store[0][static_cast<int>(shape().storage)](from, length, to + (start + feature) * item);
         }
     }
     summing_ = nullptr;
@@ -393,7 +393,7 @@ void Worker::clear_outputs() const {
         if (!output.planes && has(step_.labels(output.slot), T)) continue;  // every row is stored
         Range mine = share(output.count, thread_, step_.threads_);
         if (output.is_private) mine = {0, output.count};
-        memset(output_layouts_[n].base + mine.begin * kernels().sum_bytes, 0, mine.size() * kernels().sum_bytes);
+        memset(output_layouts_[n].base + mine.begin * output.sum_bytes, 0, mine.size() * output.sum_bytes);
     }
 }
 
@@ -403,13 +403,12 @@ void Worker::finish_outputs() const {
         const Output& output = outputs_[n];
         if (!output.planes) continue;
         Range mine = share(output.count, thread_, step_.threads_);
-        int64_t sum = kernels().sum_bytes;
-        int64_t item = bytes_of(shape().storage);
-        char* total = workspace_ + output.at + mine.begin * sum;
+        bool wide = output.sum_bytes != kernels().sum_bytes;
+        char* total = workspace_ + output.at + mine.begin * output.sum_bytes;
         for (int64_t plane = 1; plane < output.planes; ++plane)
-            kernels().add(total + plane * output.count * sum, mine.size(), total);
-        kernels().store[static_cast<int>(shape().storage)](total, mine.size(),
-                                                           arguments_.outputs[n].data + mine.begin * item);
+            kernels().add[wide](total + plane * output.count * output.sum_bytes, mine.size(), total);
+        kernels().store[wide][static_cast<int>(shape().storage)](
+            total, mine.size(), arguments_.outputs[n].data + mine.begin * bytes_of(shape().storage));
     }
 }
 

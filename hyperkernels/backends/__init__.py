@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hyperkernels.backends import native_cpu, reference, torch_blocks, torch_matmul
@@ -40,12 +41,12 @@ def check_backend(backend: str | None) -> None:
 
 def plan_call(call: Call, wanted: tuple[str, ...], order: str | None, backend: str | None) -> tuple[str, Plan]:
     """The backend that will run the call, and its plan. Raises what `choose_backend` does."""
-    return _plan(call, wanted, order, backend, workspace_bytes())
+    return _plan(call, wanted, order, backend, (workspace_bytes(), torch.get_num_threads(), native_cpu.INSTRUCTIONS))
 
 
 @lru_cache(maxsize=4096)
 def _plan(
-    call: Call, wanted: tuple[str, ...], order: str | None, backend: str | None, _workspace: int
+    call: Call, wanted: tuple[str, ...], order: str | None, backend: str | None, _setting: tuple
 ) -> tuple[str, Plan]:
     name = choose_backend(call, order, backend)[0]
     return name, plan_contraction(call, wanted, order, BACKENDS[name].estimate)
@@ -65,9 +66,14 @@ def choose_backend(call: Call, order: str | None = None, backend: str | None = N
     for name in names:
         ok, reason = BACKENDS[name].supports(call, order)
         if ok:
-            for other in BACKENDS.keys() - ruled_out.keys() - {name}:
-                why = BACKENDS[other].supports(call, order)[1]
-                ruled_out[other] = why if backend is None else f"backend={backend!r} was asked for"
+            for other in BACKENDS:
+                if other not in ruled_out and other != name:
+                    able, why = BACKENDS[other].supports(call, order)
+                    if backend is not None:
+                        why = f"backend={backend!r} was asked for"
+                    elif able and other in PREFERENCE:
+                        why = f"{name} is preferred"
+                    ruled_out[other] = why
             return name, ruled_out
         ruled_out[name] = reason
     raise ValueError(f"backend: {'; '.join(f'{name!r} cannot do this call: {why}' for name, why in ruled_out.items())}")

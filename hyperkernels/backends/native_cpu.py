@@ -62,6 +62,8 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     """The partials of phi by `plan.wanted`, in that order; with an activation the hidden one is (dcontext, dchunks)."""
     names = result_names(plan.wanted, call.activation)
     like = next(iter(factors.values()))
+    if not (call.width and call.contexts and call.entries and call.tokens):  # nothing to sum
+        return [torch.zeros(call.shape(name), dtype=call.dtype, device=like.device) for name in names]
     results = {name: torch.empty(call.shape(name), dtype=call.dtype, device=like.device) for name in names}
     entries = starts = None
     balanced = True
@@ -137,7 +139,7 @@ def _native(
             block=[block[label] for label in LABELS],
             out_features=call.grid.out_features,
             in_features=call.grid.in_features,
-            contexts=call.contexts,
+            contexts=max(call.contexts, 1),
             rows_per_context=ceil_div(max(rows, 1), max(call.contexts, 1)),
             per_chunk_heads=call.per_chunk_heads,
             activation=list(ACTIVATIONS).index(call.activation) if call.activation else -1,
@@ -150,8 +152,8 @@ def _native(
             prepare_bytes=limit // 4 if rows > block["t"] else 0,  # else nothing is read twice
             isa=isa,
         )
-        longest = max(formed | {"t"}, key=lambda label: block[label])
-        if native.workspace_bytes(rows, call.contexts, max(call.tokens, 1)) <= limit or block[longest] == 1:
+        longest = max((n for n in LABELS if n == "t" or n in formed), key=lambda label: block[label])
+        if native.block_bytes() <= limit or block[longest] == 1:
             return native
         block[longest] = ceil_div(block[longest], 2)
 
