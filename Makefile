@@ -1,4 +1,4 @@
-# make demo | test | sanitize | lint | bench | gpu. Each makes .venv first if it is missing.
+# `make` lists the targets. Each but gpu makes .venv first if it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,5 +55,5 @@ gpu:  ## on a CUDA device, with the machine's own python3 and torch: tests, then
 	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; set PYTHON=..." >&2; exit 2; }
 	@PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --output $${OUT:-benchmarks/results}
 
-clean:
+clean:  ## remove what was made
 	rm -rf $(VENV) build dist out *.egg-info

@@ -26,7 +26,7 @@ class Grid(NamedTuple):
     cols: int
 
     @property
-    def I(self) -> int:  # noqa: E743 - DESIGN's symbol
+    def I(self) -> int:  # noqa: E743 - the symbol of the equations
         return ceil_div(self.out_features, self.rows)
 
     @property

@@ -209,6 +209,19 @@ def test_any_number_of_threads_and_the_same_bits_again(contexts, threads):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("threads", [2, 4])
+def test_contexts_are_not_divided_between_threads(threads):
+    hidden, head, x = torch.randn(9, 4, 8, 16), torch.randn(16, 16, 16), torch.randn(9, 7, 128)
+    leaves = [v.requires_grad_() for v in (x, hidden, head)]
+    found, wanted = [], []
+    with running_with(threads, 64):
+        for backend, results in (("cpu", found), ("torch", wanted)):
+            y = hk.hyper_linear(*leaves, backend=backend)
+            results += [y, *torch.autograd.grad(y.square().sum(), leaves)]
+    for got, want in zip(found, wanted):
+        assert error(got, want.double()).rms < 1e-5
+
+
 def test_many_python_threads_at_once():
     problems = [
         make_problem(contexts, Grid(60, 90, 8, 16), 8, tokens=50, seed=n) for n in range(4) for contexts in CONTEXTS
