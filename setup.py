@@ -52,13 +52,13 @@ def build_ninja(target: Path, extra: str) -> str:
     folders = (sysconfig.get_paths()["include"], pybind11.get_include())
     includes = shlex.join(f"-I{folder}" for folder in folders).replace("$", "$$")
     lines = [
+        f"cxx = {os.environ.get('CXX', 'c++')}",
         "rule compile",
         f"  command = $cxx {COMMON} {extra} {includes} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
         f"  command = $cxx -shared -fopenmp {extra} $in -o $out",
     ]
-    lines.insert(0, f"cxx = {os.environ.get('CXX', 'c++')}")
     sources = objects()
     for name, (source, flags) in sources.items():
         lines += [f"build {name}.o: compile {ninja_path(source)}", f"  flags = {flags}"]

@@ -129,7 +129,9 @@ def in_readme(readme: str, results: dict[str, Any], sweep: dict[str, Any]) -> st
     shapes = sweep["shapes"]
     close = sum(shape["of_best"] <= CLOSE for shape in shapes)
     readme = f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
-    return re.sub(r"(of the best in) \d+ of \d+", rf"\1 {close} of {len(shapes)}", readme)
+    worst = max(shape["of_best"] for shape in shapes)
+    picks = rf"\1 {close} of {len(shapes)}\2 {worst:.1f}"
+    return re.sub(r"(of the best in) \d+ of \d+(,\s+and\s+takes) [\d.]+", picks, readme)
 
 
 def main() -> int:

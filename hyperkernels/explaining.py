@@ -12,7 +12,7 @@ from hyperkernels.call import OUTPUT, Call
 from hyperkernels.form import canonical_form
 from hyperkernels.functional import hyper_linear
 from hyperkernels.operators import check_context_ids
-from hyperkernels.planner import Cost, Plan
+from hyperkernels.planner import Plan, Step
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Explanation:
         return rows
 
 
-def _comparison(cost: Cost, picked: Cost) -> str:
+def _comparison(cost: Step, picked: Step) -> str:
     ratio = cost.time_us / max(picked.time_us, 1e-9)
     if ratio < 1:
         return f"alone {1 / ratio:.1f} times faster, but it would share nothing"

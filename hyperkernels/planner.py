@@ -57,23 +57,15 @@ class Step(NamedTuple):
 Estimate = Callable[[Call, "Step"], tuple[float, int]]
 
 
-class Cost(NamedTuple):
-    order: str
-    flops: int
-    bytes_moved: int
-    workspace_bytes: int
-    time_us: float
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What will run, and what was weighed against it: `candidates[output]` is each order's cost for that output
+    """What will run, and what was weighed against it: `candidates[output]` is each order's step for that output
     on its own."""
 
     call: Call
     wanted: tuple[str, ...]
     steps: tuple[Step, ...]
-    candidates: dict[str, tuple[Cost, ...]]
+    candidates: dict[str, tuple[Step, ...]]
 
     def order_of(self, slot: str) -> str:
         return next(step.order for step in self.steps if slot in step.outputs)
@@ -92,7 +84,9 @@ def plan_contraction(call: Call, wanted: tuple[str, ...], order: str | None, est
     orders = ORDERS if order is None else (order,)
     choices = [tuple(_steps(call, wanted, choice, estimate)) for choice in product(orders, repeat=len(wanted))]
     steps = min(choices, key=lambda steps: sum(step.time_us for step in steps))
-    candidates = {slot: tuple(_alone(call, slot, name, estimate) for name in ORDERS) for slot in wanted}
+    candidates = {
+        slot: tuple(step for name in ORDERS for step in _steps(call, (slot,), (name,), estimate)) for slot in wanted
+    }
     return Plan(call, wanted, steps, candidates)
 
 
@@ -124,11 +118,6 @@ def _step(call: Call, order: str, forms: tuple[str, str], outputs: tuple[str, ..
     )
     time_us, workspace = estimate(call, step)
     return step._replace(workspace_bytes=workspace, time_us=time_us)
-
-
-def _alone(call: Call, slot: str, order: str, estimate: Estimate) -> Cost:
-    (step,) = _steps(call, (slot,), (order,), estimate)
-    return Cost(order, step.flops, step.bytes_moved, step.workspace_bytes, step.time_us)
 
 
 def default_chunk(out_features: int, in_features: int, width: int) -> tuple[int, int]:

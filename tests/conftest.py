@@ -87,6 +87,12 @@ def make_problem(
     return Problem((x, hidden, head, *extra), call, grid)
 
 
+def gradients(problem: Problem, tensors: tuple[Tensor, ...], dy: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+    """y, and its pullback of `dy` to each tensor."""
+    y = problem.call(*tensors, **keywords)
+    return (y, *torch.autograd.grad(y, tensors, dy.to(y.dtype)))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import CONTEXTS, make_problem
+from conftest import CONTEXTS, gradients, make_problem
 from torch.autograd import gradcheck, gradgradcheck
 
 import hyperkernels as hk
@@ -25,11 +25,6 @@ GRIDS = {
     "cropped_cols": Grid(32, 33, 8, 8),
     "whole": Grid(64, 48, 8, 16),
 }
-
-
-def gradients(problem, tensors, dy, **keywords):
-    y = problem.call(*tensors, **keywords)
-    return (y, *torch.autograd.grad(y, tensors, dy.to(y.dtype)))
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONTEXTS, make_problem
+from conftest import CONTEXTS, gradients, make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,11 +26,6 @@ from hyperkernels.testing import FLOOR, assert_no_worse_than_eager, error
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTION_SETS = native_cpu._cpu.instruction_sets() if native_cpu._cpu else []
-
-
-def gradients(problem, tensors, dy, **keywords):
-    y = problem.call(*tensors, **keywords)
-    return (y, *torch.autograd.grad(y, tensors, dy.to(y.dtype)))
 
 
 def test_it_is_built_and_preferred():

@@ -14,9 +14,6 @@ class Dense {
     Dense(const float* weight, int64_t outputs, int64_t inputs, const InstructionSet& set);
     void run(const float* x, int64_t rows, float* y, int threads) const;
 
-    int64_t outputs() const { return outputs_; }
-    int64_t inputs() const { return inputs_; }
-
   private:
     template <class Bytes>
     static auto aligned(Bytes& bytes) {

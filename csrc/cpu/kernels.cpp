@@ -131,14 +131,10 @@ void tiles(Kernels& kernels) {
     if constexpr (rows > 1) tiles<Kind, rows - 1>(kernels);
 }
 
-#define HK_STRING_(name) #name
-#define HK_STRING(name) HK_STRING_(name)
-
 template <class Kind>
 Kernels table() {
     using Sum = typename Kind::Sum;
     Kernels kernels{};
-    kernels.isa = HK_STRING(HK_ISA);
     kernels.rows = HK_TILE_ROWS;
     kernels.vectors = max_vectors;
     kernels.lanes = HK_VECTOR_BYTES / sizeof(Sum);

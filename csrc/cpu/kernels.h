@@ -24,7 +24,6 @@ struct Side {
 };
 
 struct Kernels {
-    const char* isa;
     int64_t rows, vectors, lanes;  // the largest tile, and the numbers in a vector
     int64_t depth;                 // numbers that a packed element holds along the depth: 1, or 2 for pairs of bf16
     int64_t packed_bytes;          // of a packed element

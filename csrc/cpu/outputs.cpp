@@ -20,11 +20,16 @@ Layout Worker::output_layout(const Output& output) const {
     return layout;
 }
 
+// Which of the step's outputs it is.
+size_t Worker::output_of(int slot, bool chunks) const {
+    size_t n = 0;
+    while (outputs_[n].slot != slot || outputs_[n].chunks != chunks) ++n;
+    return n;
+}
+
 // The activation's derivative, and with it the sums over contexts and over chunks.
 void Worker::pull_back(const Ranges& ranges, int64_t context) {
-    const Layout *dcontext = nullptr, *dchunks = nullptr;
-    for (size_t n = 0; n < outputs_.size(); ++n)
-        if (outputs_[n].slot == HIDDEN) (outputs_[n].chunks ? dchunks : dcontext) = &output_layouts_[n];
+    const Layout &dcontext = output_layouts_[output_of(HIDDEN)], &dchunks = output_layouts_[output_of(HIDDEN, true)];
     int64_t itemsize = bytes_of(shape().storage);
     int64_t sum = kernels().sum_bytes, k = ranges[K].begin, depth = ranges[K].size();
     auto run = kernels().pull_back[static_cast<int>(shape().storage)];
@@ -35,8 +40,8 @@ void Worker::pull_back(const Ranges& ranges, int64_t context) {
             run(shape().activation, tile,
                 chunks_.base + (i * chunks_.stride[I] + j * chunks_.stride[J] + k) * itemsize,
                 factors_[HIDDEN].base + (context * factors_[HIDDEN].lead[0] + k) * itemsize, depth,
-                dchunks->base + (i * dchunks->stride[I] + j * dchunks->stride[J] + k) * sizeof(double), line_);
-        kernels().add[0](line_, depth, dcontext->base + (context * dcontext->lead[0] + k) * sum);
+                dchunks.base + (i * dchunks.stride[I] + j * dchunks.stride[J] + k) * sizeof(double), line_);
+        kernels().add[0](line_, depth, dcontext.base + (context * dcontext.lead[0] + k) * sum);
     }
 }
 
@@ -59,8 +64,7 @@ void Worker::begin_sums(const Product& product, const Ranges& ranges) {
 
 void Worker::end_sums() {
     if (!summing_) return;
-    size_t n = 0;
-    while (outputs_[n].slot != summing_->out) ++n;
+    size_t n = output_of(summing_->out);
     const Rows& rows = arguments_.rows;
     int outer = summing_->out == Y ? I : J, inner = summing_->out == Y ? R : Q;
     int64_t size = shape().extent[inner], features = summing_->out == Y ? shape().out_features : shape().in_features;

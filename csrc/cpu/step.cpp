@@ -135,7 +135,7 @@ int64_t Step::prepared_index(const Product& product, int side, const Ranges& ran
 
 Step::Step(const Shape& shape, std::array<int, 2> forms, const std::vector<int>& outputs, int split, bool aligned,
            int threads, size_t prepare_bytes, const InstructionSet& set_)
-    : shape_(shape), split_(split), threads_(threads), aligned_(aligned) {
+    : shape_(shape), split_(threads > 1 ? split : T), threads_(threads), aligned_(aligned) {
     plain_ = shape.storage == Storage::f64 ? set_.f64 : set_.f32;
     kernels_ = shape.storage == Storage::bf16 && set_.pairs ? set_.pairs : plain_;
 
@@ -157,7 +157,7 @@ Step::Step(const Shape& shape, std::array<int, 2> forms, const std::vector<int>&
             if (has(formed_, l) && std::find(nest_.begin(), nest_.end(), l) == nest_.end() && wanted(l))
                 nest_.push_back(l);
     };
-    nest([&](int l) { return threads > 1 && l == split; });
+    nest([&](int l) { return l == split_; });
     nest([&](int l) { return has(rows_output, l); });
     nest([](int) { return true; });
     for (int l : nest_) block_count_ *= blocks_[l] = ceil_div(shape.extent[l], shape.block[l]);

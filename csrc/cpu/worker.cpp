@@ -30,8 +30,7 @@ void Worker::multiply(const Product& product, const Ranges& block, int64_t conte
     else if (has(step_.labels(product.out), T)) out = sums_;
     else if (tile) out = tile_ = contiguous(step_.labels(HIDDEN), block, tile_base_);
     else {
-        for (size_t n = 0; n < outputs_.size(); ++n)
-            if (outputs_[n].slot == product.out) out = output_layouts_[n];
+        out = output_layouts_[output_of(product.out)];
         if (product.out == HIDDEN) out.base += context * out.lead[0] * kernels().sum_bytes;
     }
     Ranges ranges = block;

@@ -33,6 +33,7 @@ class Worker {
 
     Layout layout(int slot, const Tensor& tensor, bool chunks) const;
     Layout output_layout(const Output& output) const;
+    size_t output_of(int slot, bool chunks = false) const;
     void enumerate(const Layout& layout, Labels labels, const Ranges& ranges, Offsets& offsets) const;
     void pack_panels(const Product& product, int side, const Ranges& ranges, int64_t context, bool plain, char* to);
     void form_panels(const Product& product, int side, const Ranges& ranges, int64_t context, const char* chunks,

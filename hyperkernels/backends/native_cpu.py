@@ -79,9 +79,7 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     rows = (call.entries * call.tokens, call.contexts, max(call.tokens, 1))
     for step in plan.steps:
         for outputs in _runs(step):
-            native = _native(
-                call, step.forms, outputs, balanced, torch.get_num_threads(), workspace_bytes(), INSTRUCTIONS
-            )
+            native = _engine(call, step, outputs, balanced)
             workspace = torch.empty(native.workspace_bytes(*rows), dtype=torch.uint8)
             native.run(
                 [views.get(slot, absent) for slot in SLOTS],
@@ -97,10 +95,8 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
 
 def estimate(call: Call, step: Step) -> tuple[float, int]:
     """Time in us, and workspace in bytes."""
-    rows, threads = call.entries * call.tokens, torch.get_num_threads()
-    natives = [
-        _native(call, step.forms, outputs, True, threads, workspace_bytes(), INSTRUCTIONS) for outputs in _runs(step)
-    ]
+    rows = call.entries * call.tokens
+    natives = [_engine(call, step, outputs, balanced=True) for outputs in _runs(step)]
     time_us = sum(CALL_US + native.work(rows) / native.threads / VECTORS_PER_US for native in natives)
     return time_us, max(native.workspace_bytes(rows, call.contexts, max(call.tokens, 1)) for native in natives)
 
@@ -112,20 +108,26 @@ def _runs(step: Step) -> list[tuple[str, ...]]:
     return [step.outputs]
 
 
-def _engine(call: Call, forms: tuple[str, str], outputs: tuple[str, ...], balanced: bool = True) -> Any:
-    return _native(call, forms, outputs, balanced, torch.get_num_threads(), workspace_bytes(), INSTRUCTIONS)
+def _engine(call: Call, step: Step, outputs: tuple[str, ...], balanced: bool) -> Any:
+    settings = (torch.get_num_threads(), workspace_bytes(), INSTRUCTIONS)
+    return _native(call, step.order, step.forms, outputs, balanced, *settings)
 
 
 @lru_cache(maxsize=4096)
 def _native(
-    call: Call, forms: tuple[str, str], outputs: tuple[str, ...], balanced: bool, threads: int, limit: int, isa: str
+    call: Call,
+    order: str,
+    forms: tuple[str, str],
+    outputs: tuple[str, ...],
+    balanced: bool,
+    threads: int,
+    limit: int,
+    isa: str,
 ) -> Any:
     """The engine's step, cut."""
-    labels, sizes = call.labels, call.sizes
     rows = call.entries * call.tokens
-    sizes = {label: max(sizes[label], 1) for label in LABELS} | {"t": max(rows, 1)}
-    rest = [slot for slot in SLOTS if slot not in forms]
-    formed = set(labels[forms[0]] + labels[forms[1]]) & set(labels[rest[0]] + labels[rest[1]]) - {"g"}
+    sizes = {label: max(size, 1) for label, size in call.sizes.items()} | {"t": max(rows, 1)}
+    formed = set(call.intermediate(order)) - {"g"}
     work = rows * prod(sizes[label] for label in formed - {"t"})
     threads = min(threads, max(1, work >> 12))
     split = _split(call, forms, outputs, sizes, formed, balanced, threads, limit)
