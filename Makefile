@@ -13,7 +13,7 @@ help:  ## this list
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --config-settings editable_mode=compat
 	touch $@
 
 demo: $(VENV)/installed  ## train the demo: a table, and a picture in out/

@@ -105,7 +105,14 @@ def tuned_dense(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 
 def contexts(
-    G: int, faster: dict[str, float], N: int = 1024, K: int = 1024, rows: int = 16, cols: int = 64, m: int = 32
+    G: int,
+    faster: dict[str, float],
+    activation: str = "relu",
+    N: int = 1024,
+    K: int = 1024,
+    rows: int = 16,
+    cols: int = 64,
+    m: int = 32,
 ) -> Case:
     """A context for each sample, through a trunk of one hidden layer: against hypnettorch's chunked hypernetwork.
 
@@ -123,7 +130,7 @@ def contexts(
         cond_in_size=context,
         no_cond_weights=True,
         num_cond_embs=0,
-        activation_fn=nn.ReLU(),
+        activation_fn={"relu": nn.ReLU, "tanh": nn.Tanh}[activation](),
         verbose=False,
     )
     for parameter in net.parameters():
@@ -134,7 +141,7 @@ def contexts(
 
     def hidden() -> hk.AdditiveHidden:
         chunks = F.linear(embeddings, trunk[:, :embedding], trunk_bias).view(I, J, m)
-        return hk.AdditiveHidden(F.linear(z, trunk[:, embedding:]), chunks, "relu")
+        return hk.AdditiveHidden(F.linear(z, trunk[:, embedding:]), chunks, activation)
 
     @torch.no_grad()
     def hypnettorch() -> Tensor:
@@ -155,7 +162,7 @@ def contexts(
         assert peak_bytes(ours) < 4 * G * I * J * m / 2, "the hidden layer of every context was formed"
 
     return Case(
-        f"forward, {G} contexts of one sample, {N}x{K}, chunks {rows}x{cols}, m={m}",
+        f"forward, {G} contexts of one sample, {N}x{K}, chunks {rows}x{cols}, m={m}, {activation}",
         {
             "hypnettorch": hypnettorch,
             "materialise": lambda: ours("reference"),
@@ -180,4 +187,5 @@ CPU_CASES: dict[str, Callable[[], Case]] = {
     "small_default_chunk_256": lambda: linear((1024, 1024), default_chunk(1024, 1024, 32), 32, B=256),
     "contexts_64": lambda: contexts(64, {"hypnettorch": 150}),
     "contexts_256": lambda: contexts(256, {"torch backend": 3}),
+    "contexts_256_tanh": lambda: contexts(256, {}, "tanh"),
 }

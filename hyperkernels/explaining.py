@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ def _comparison(cost: Step, picked: Step) -> str:
     ratio = cost.time_us / max(picked.time_us, 1e-9)
     if ratio < 1:
         return f"alone {1 / ratio:.1f} times faster, but it would share nothing"
-    return f"left: {ratio:.1f} times slower"
+    return "left: no faster" if ratio < 1.05 else f"left: {ratio:.1f} times slower"
 
 
 def _si(number: float) -> str:
@@ -93,7 +94,8 @@ def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Expla
 
     Args:
         target: a `HyperLinear`, or `hyper_linear` itself.
-        *args, **kwargs: what you would call it with. Nothing is computed but the trunk of a layer.
+        *args, **kwargs: what you would call it with. Nothing is computed but the trunk of a layer. Times are of the
+            contraction: the trunk, and some tens of us that every call costs, come on top.
 
     Raises:
         TypeError: target is neither; and whatever the call itself would raise.
@@ -106,15 +108,16 @@ def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Expla
         'head_first'
     """
     if isinstance(target, nn.Module) and hasattr(target, "arguments"):
-        kwargs = target.arguments(*args, **kwargs)  # type: ignore[operator]
+        given = inspect.signature(target.forward).bind(*args, **kwargs)
+        kwargs = target.arguments(*given.args, **given.kwargs)  # type: ignore[operator]
     elif target is hyper_linear:
-        kwargs = dict(zip(("x", "hidden", "head"), args)) | kwargs
+        kwargs = inspect.signature(hyper_linear).bind(*args, **kwargs).arguments
     else:
         raise TypeError(f"target: got {type(target).__name__}, wanted a hyper layer or hyper_linear")
     order = kwargs.get("order")
-    form = canonical_form(
-        kwargs["x"], kwargs["hidden"], kwargs["head"], kwargs.get("out_features"), kwargs.get("context_ids")
-    )
+    tensors = (kwargs[name] for name in ("x", "hidden", "head"))
+    options = (kwargs.get(name) for name in ("out_features", "bias", "head_bias", "context_ids"))
+    form = canonical_form(*tensors, *options)
     if form.ids is not None:
         check_context_ids(form.ids, form.call.contexts)
     backend, ruled_out = choose_backend(form.call, order, kwargs.get("backend"))

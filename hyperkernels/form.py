@@ -21,10 +21,18 @@ class Form(NamedTuple):
     hidden: Tensor | AdditiveHidden
     head: Tensor
     ids: Tensor | None
+    bias: Tensor | None
+    head_bias: Tensor | None
 
 
 def canonical_form(
-    x: Tensor, hidden: Tensor | AdditiveHidden, head: Tensor, out_features: int | None, context_ids: Tensor | None
+    x: Tensor,
+    hidden: Tensor | AdditiveHidden,
+    head: Tensor,
+    out_features: int | None = None,
+    bias: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    context_ids: Tensor | None = None,
 ) -> Form:
     """Raise what `hyper_linear` promises to raise, or return its arguments in the engine's form."""
     x, hidden, head = autocast(x, hidden, head)
@@ -53,7 +61,10 @@ def canonical_form(
     call = Call(grid, *numbers, activation, x.dtype, x.device.type)
     if isinstance(hidden, Tensor):
         hidden = hidden.reshape(hidden_shape)
-    return Form(call, x.reshape(entries, tokens, K), hidden, head, ids)
+    bias, head_bias = autocast(bias, head_bias, kind=call.device)
+    check_like("bias", bias, x, (grid.out_features,), (contexts, grid.out_features))
+    check_head_bias(head_bias, grid, x)
+    return Form(call, x.reshape(entries, tokens, K), hidden, head, ids, bias, head_bias)
 
 
 def grid_of(
@@ -81,9 +92,8 @@ def grid_of(
         what = f"x: got last size {K}" if source == "out_features" else f"shape: got {K} columns"
         raise ValueError(f"{what}, wanted {(J - 1) * cols + 1} to {J * cols}: hidden has {J} chunks of {cols} columns")
     if ceil_div(N, rows) != I:
-        raise ValueError(
-            f"{source}: got {N}, wanted {(I - 1) * rows + 1} to {I * rows}: hidden has {I} chunks of {rows} rows"
-        )
+        what = f"out_features: got {N}" if source == "out_features" else f"shape: got {N} rows"
+        raise ValueError(f"{what}, wanted {(I - 1) * rows + 1} to {I * rows}: hidden has {I} chunks of {rows} rows")
     return Grid(N, K, rows, cols), (G, I, J, m)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from hyperkernels.backends import choose_backend, reference
 from hyperkernels.chunking import Grid, to_chunks
 from hyperkernels.derivatives import Settings, partials
-from hyperkernels.form import autocast, canonical_form, check_head_bias, check_like, check_tensors, grid_of
+from hyperkernels.form import canonical_form, check_head_bias, check_tensors, grid_of
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.operators import check_context_ids, sizes_of
 
@@ -66,11 +68,8 @@ def hyper_linear(
 
     Source: chunk-wise hypernetworks, Ha, Dai and Le 2016 (HyperNetworks), section 3.1.
     """
-    form = canonical_form(x, hidden, head, out_features, context_ids)
-    call, grid = form.call, form.call.grid
-    bias, head_bias = autocast(bias, head_bias, kind=call.device)
-    check_like("bias", bias, form.x, (grid.out_features,), (call.contexts, grid.out_features))
-    check_head_bias(head_bias, grid, form.x)
+    form = canonical_form(x, hidden, head, out_features, bias, head_bias, context_ids)
+    call, grid, bias, head_bias = form.call, form.call.grid, form.bias, form.head_bias
     if order is not None or backend is not None:
         choose_backend(call, order, backend)  # raises if they cannot be had
     if backend == "reference":
@@ -118,8 +117,8 @@ def generate_weight(
         torch.Size([8, 14])
     """
     check_tensors(head, hidden, head)
-    if len(shape) != 2:
-        raise ValueError(f"shape: got {tuple(shape)}, wanted (N, K)")
+    if not isinstance(shape, Sequence) or len(shape) != 2:
+        raise ValueError(f"shape: got {shape!r}, wanted (N, K)")
     grid, _ = grid_of(hidden, head, shape[0], shape[1], "shape")
     check_head_bias(head_bias, grid, head)
     weight = _materialize(hidden, head, grid, head_bias)

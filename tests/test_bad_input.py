@@ -136,8 +136,10 @@ def test_additive_hidden(arguments, error, message):
 def test_generate_weight():
     with pytest.raises(ValueError, match="shape: got 19 columns, wanted 13 to 18"):
         hk.generate_weight(HIDDEN, HEAD, (10, 19))
-    with pytest.raises(ValueError, match="shape: got 11, wanted 6 to 10"):
+    with pytest.raises(ValueError, match="shape: got 11 rows, wanted 6 to 10"):
         hk.generate_weight(HIDDEN, HEAD, (11, 18))
+    with pytest.raises(ValueError, match="shape: got 64, wanted"):
+        hk.generate_weight(HIDDEN, HEAD, 64)
     with pytest.raises(TypeError, match=r"shape: got 10\.5, wanted an integer"):
         hk.generate_weight(HIDDEN, HEAD, (10.5, 18))
     with pytest.raises(ValueError, match=r"shape: got \(10,\), wanted \(N, K\)"):
@@ -214,3 +216,11 @@ def test_explain():
         hk.explain(hk.hyper_linear, torch.randn(2, 2), HIDDEN, HEAD)
     with pytest.raises(ValueError, match="order: got 'fast'"):
         hk.explain(hk.hyper_linear, X, HIDDEN, HEAD, order="fast")
+    with pytest.raises(TypeError, match="missing a required argument: 'head'"):
+        hk.explain(hk.hyper_linear, X, HIDDEN)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ordr'"):
+        hk.explain(hk.hyper_linear, X, HIDDEN, HEAD, ordr="generate")
+    with pytest.raises(ValueError, match="bias: got shape"):
+        hk.explain(hk.hyper_linear, X, HIDDEN, HEAD, bias=torch.zeros(1000))
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+        hk.explain(hk.HyperLinear(8, 8))

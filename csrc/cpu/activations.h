@@ -1,4 +1,4 @@
-// The activations of AdditiveHidden and their derivatives, without branches, so that a loop over them becomes vectors.
+// The activations of AdditiveHidden and their derivatives: of a whole vector in fp32, of one number in fp64.
 //
 // fp64 takes the C library's functions. In fp32: exp and expm1 by reduction to |r| <= ln(2)/2 and Taylor's series; erfc
 // as exp(-z^2) t p(t), t = 1/(1 + z/2), p a Chebyshev fit of degree 10 in t (off by 1.3e-8, relative); sin and cos
@@ -10,46 +10,72 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "numbers.h"
 
 namespace hk {
 namespace {
 
-struct Exponential {
-    float scale, rest;  // exp(x) = scale * (1 + rest)
+using Floats = Plain<float>::Vector;
+constexpr int floats = HK_VECTOR_BYTES / sizeof(float);
+typedef int32_t Ints __attribute__((vector_size(HK_VECTOR_BYTES)));
+typedef double Doubles __attribute__((vector_size(2 * HK_VECTOR_BYTES)));  // as many as Floats
+
+// What an activation is taken of at once.
+template <class Sum>
+struct Unit {
+    using type = double;
+    static constexpr int count = 1;
+};
+template <>
+struct Unit<float> {
+    using type = Floats;
+    static constexpr int count = floats;
 };
 
-inline Exponential exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 5040;
+inline Floats where(Ints condition, Floats a, Floats b) { return condition ? a : b; }
+inline double where(bool condition, double a, double b) { return condition ? a : b; }
+inline Floats all(float x) { return Floats{} + x; }
+
+template <class T>
+inline T clamped(T x, float low, float high) {
+    x = where(x < low, T{} + low, x);
+    return where(x > high, T{} + high, x);
+}
+
+struct Exponential {
+    Floats scale, rest;  // exp(x) = scale * (1 + rest)
+};
+
+inline Exponential exponential(Floats x) {
+    constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: a sum with it has no digits after the point
+    x = clamped(x, -87.0f, 88.0f);
+    Floats n = (x * 1.44269504f + to_integer) - to_integer;
+    Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = all(1.0f / 5040);
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
-    int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-    Exponential result;
-    memcpy(&result.scale, &bits, 4);
-    result.rest = p * r * r + r;
-    return result;
+    Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return {(Floats)bits, p * r * r + r};
 }
 
-inline float exp_(float x) {
+inline Floats exp_(Floats x) {
     Exponential e = exponential(x);
-    return x < -87 ? 0 : e.scale * e.rest + e.scale;
+    return where(x < -87.0f, Floats{}, e.scale * e.rest + e.scale);
 }
 inline double exp_(double x) { return exp(x); }
 
-inline float expm1_(float x) {
+inline Floats expm1_(Floats x) {
     Exponential e = exponential(x);
-    return x > 88 ? INFINITY : e.scale * e.rest + (e.scale - 1);
+    return where(x > 88.0f, all(INFINITY), e.scale * e.rest + (e.scale - 1.0f));
 }
 inline double expm1_(double x) { return expm1(x); }
 
-inline float erfc_(float x) {
-    float z = fabsf(x), t = 1 / (1 + 0.5f * z);
-    float p = 0.0431973913f;
+inline Floats erfc_(Floats x) {
+    Floats z = where(x < 0.0f, -x, x), t = 1.0f / (1.0f + 0.5f * z);
+    Floats p = all(0.0431973913f);
     p = p * t - 0.234733518f;
     p = p * t + 0.493674523f;
     p = p * t - 0.454928282f;
@@ -60,77 +86,83 @@ inline float erfc_(float x) {
     p = p * t + 0.246884668f;
     p = p * t + 0.28209374f;
     p = p * t + 0.282094796f;
-    float tail = p * t * exp_(-z * z);
-    return x < 0 ? 2 - tail : tail;
+    Floats tail = p * t * exp_(-z * z);
+    return where(x < 0.0f, 2.0f - tail, tail);
 }
 inline double erfc_(double x) { return erfc(x); }
 
 // sin(x + quarters * pi / 2); past 1e9, where numbers of fp32 lie 64 apart, that of 1e9
-inline float sine(float x, int quarters) {
-    x = x < -1e9f ? -1e9f : x > 1e9f ? 1e9f : x;
-    double n = rint(x * 0.63661977236758134);
-    float r = static_cast<float>((x - n * 1.5707963267948966) - n * 6.123233995736766e-17);
-    int quadrant = (static_cast<int>(n) + quarters) & 3;
-    float s = r * r;
-    float odd = r + r * s * (-1.0f / 6 + s * (1.0f / 120 + s * (-1.0f / 5040 + s * (1.0f / 362880))));
-    float even = 1 + s * (-0.5f + s * (1.0f / 24 + s * (-1.0f / 720 + s * (1.0f / 40320))));
-    float value = quadrant & 1 ? even : odd;
-    return quadrant & 2 ? -value : value;
+inline Floats sine(Floats x, int quarters) {
+    constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52
+    Doubles wide = __builtin_convertvector(clamped(x, -1e9f, 1e9f), Doubles);
+    Doubles n = (wide * 0.63661977236758134 + to_integer) - to_integer;
+    Floats r = __builtin_convertvector((wide - n * 1.5707963267948966) - n * 6.123233995736766e-17, Floats);
+    Ints quadrant = (__builtin_convertvector(n, Ints) + quarters) & 3;
+    Floats s = r * r;
+    Floats odd = r + r * s * (-1.0f / 6 + s * (1.0f / 120 + s * (-1.0f / 5040 + s * (1.0f / 362880))));
+    Floats even = 1.0f + s * (-0.5f + s * (1.0f / 24 + s * (-1.0f / 720 + s * (1.0f / 40320))));
+    Floats value = where((quadrant & 1) != 0, even, odd);
+    return where((quadrant & 2) != 0, -value, value);
 }
-inline float sin_(float x) { return sine(x, 0); }
-inline float cos_(float x) { return sine(x, 1); }
+inline Floats sin_(Floats x) { return sine(x, 0); }
+inline Floats cos_(Floats x) { return sine(x, 1); }
 inline double sin_(double x) { return sin(x); }
 inline double cos_(double x) { return cos(x); }
 
 template <class T>
 inline T sigmoid(T x) {
-    return 1 / (2 + expm1_(-x));
+    return 1.0f / (2.0f + expm1_(-x));
 }
 
-inline float tanh_(float x) {
-    float e = expm1_(2 * (x > 20 ? 20.0f : x));
-    return e / (e + 2);
+inline Floats tanh_(Floats x) {
+    Floats e = expm1_(2.0f * where(x > 20.0f, all(20.0f), x));
+    return e / (e + 2.0f);
 }
 inline double tanh_(double x) { return tanh(x); }
 
+// Constants, in the precision of what they multiply.
 template <class T>
-constexpr T sqrt_half = T(0.70710678118654752);
-template <class T>
-constexpr T sqrt_2_over_pi = T(0.79788456080286536);
-template <class T>
-constexpr T cubic = T(0.044715);
+struct Constants {
+    static constexpr double sqrt_half = 0.70710678118654752, sqrt_2_over_pi = 0.79788456080286536, cubic = 0.044715;
+};
+template <>
+struct Constants<Floats> {
+    static constexpr float sqrt_half = 0.70710678f, sqrt_2_over_pi = 0.79788456f, cubic = 0.044715f;
+};
 
 // One per activation: its value, and its derivative at x.
 struct Identity {
     template <class T>
     static T value(T x) { return x; }
     template <class T>
-    static T slope(T) { return 1; }
+    static T slope(T) { return T{} + 1.0f; }
 };
 struct Relu {
     template <class T>
-    static T value(T x) { return x < 0 ? T(0) : x; }  // NaN stays NaN
+    static T value(T x) { return where(x < 0.0f, T{}, x); }  // NaN stays NaN
     template <class T>
-    static T slope(T x) { return x > 0 ? T(1) : T(0); }
+    static T slope(T x) { return where(x > 0.0f, T{} + 1.0f, T{}); }
 };
 struct Gelu {
     template <class T>
-    static T value(T x) { return T(0.5) * x * erfc_(-x * sqrt_half<T>); }
+    static T value(T x) { return 0.5f * x * erfc_(-x * Constants<T>::sqrt_half); }
     template <class T>
     static T slope(T x) {
-        return T(0.5) * erfc_(-x * sqrt_half<T>) + x * (T(0.5) * sqrt_2_over_pi<T> * exp_(T(-0.5) * x * x));
+        return 0.5f * erfc_(-x * Constants<T>::sqrt_half) +
+               x * (0.5f * Constants<T>::sqrt_2_over_pi * exp_(-0.5f * x * x));
     }
 };
 struct GeluTanh {
     template <class T>
-    static T inner(T x) { return 2 * sqrt_2_over_pi<T> * (x + cubic<T> * x * x * x); }
+    static T inner(T x) { return 2 * Constants<T>::sqrt_2_over_pi * (x + Constants<T>::cubic * x * x * x); }
     template <class T>
     static T value(T x) { return x * sigmoid(inner(x)); }  // (1 + tanh(u)) / 2 = sigmoid(2 u)
     template <class T>
     static T slope(T x) {
-        x = x < -100 ? T(-100) : x > 100 ? T(100) : x;  // 0 or 1 from there, and no overflow
+        x = clamped(x, -100.0f, 100.0f);  // 0 or 1 from there, and no overflow
         T s = sigmoid(inner(x));
-        return s + x * s * sigmoid(-inner(x)) * 2 * sqrt_2_over_pi<T> * (1 + 3 * cubic<T> * x * x);
+        return s + x * s * sigmoid(-inner(x)) * (2 * Constants<T>::sqrt_2_over_pi) *
+                       (1.0f + 3 * Constants<T>::cubic * x * x);
     }
 };
 struct Silu {
@@ -139,7 +171,7 @@ struct Silu {
     template <class T>
     static T slope(T x) {
         T s = sigmoid(x);
-        return s * (1 + x * sigmoid(-x));
+        return s * (1.0f + x * sigmoid(-x));
     }
 };
 struct Tanh {
@@ -148,7 +180,7 @@ struct Tanh {
     template <class T>
     static T slope(T x) {
         T t = tanh_(x);
-        return 1 - t * t;
+        return 1.0f - t * t;
     }
 };
 struct Sin {

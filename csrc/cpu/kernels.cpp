@@ -45,28 +45,43 @@ void tile(int64_t depth, const void* rows_, const void* lanes_, void* out_, cons
     }
 }
 
+// The first numbers of a vector, and a store of them.
+template <class T, class U>
+inline U some(const T* from, int64_t count) {
+    U value{};
+    memcpy(&value, from, count * sizeof(T));
+    return value;
+}
+
+template <class T>
+inline void put_some(const T* value, int64_t count, T* to, int64_t stride) {
+    for (int64_t n = 0; n < count; ++n) to[n * stride] = value[n];
+}
+
 template <class Kind>
 void form(Activation activation, const void* chunks_, const void* deep_, const void* own_, int64_t depth,
           int64_t padded, void* panel_) {
     using Sum = typename Kind::Sum;
+    using U = typename Unit<Sum>::type;
+    constexpr int64_t count = Unit<Sum>::count;
     auto chunks = static_cast<const Sum*>(chunks_), deep = static_cast<const Sum*>(deep_);
     auto own = static_cast<const Sum*>(own_);
     auto panel = static_cast<typename Kind::Part*>(panel_);
     if (depth % Kind::depth) memset(panel + at<Kind>(depth - 1, 0, padded), 0, sizeof(*panel) * Kind::depth * padded);
     with_activation(activation, [&](auto f) {
-        constexpr int lanes = HK_VECTOR_BYTES / sizeof(Sum);
         for (int64_t d = 0; d < depth; ++d) {
             const Sum* from = chunks + d * padded;
             typename Kind::Part* to = panel + at<Kind>(d, 0, padded);
-            auto one = [&](int64_t l) {
-                put(decltype(f)::value(from[l] + (deep ? deep[d] : own[l])), to[l * Kind::depth]);
-            };
-            int64_t l = 0;
-            for (; l + lanes <= padded; l += lanes) {
+            for (int64_t l = 0; l < padded; l += count) {
+                int64_t n = count < padded - l ? count : padded - l;
+                U pre = n == count ? some<Sum, U>(from + l, count) : some<Sum, U>(from + l, n);
+                U value = decltype(f)::value(pre + (deep ? U{} + deep[d] : some<Sum, U>(own + l, count)));
+                typename Kind::Part rounded[count];
 #pragma GCC ivdep
-                for (int n = 0; n < lanes; ++n) one(l + n);
+                for (int64_t i = 0; i < count; ++i) put(reinterpret_cast<const Sum*>(&value)[i], rounded[i]);
+                if (n == count && Kind::depth == 1) memcpy(to + l, rounded, sizeof rounded);
+                else put_some(rounded, n, to + l * Kind::depth, Kind::depth);
             }
-            for (; l < padded; ++l) one(l);
         }
     });
 }
@@ -74,16 +89,23 @@ void form(Activation activation, const void* chunks_, const void* deep_, const v
 template <class Sum, class Stored>
 void pull_back(Activation activation, const void* dvalue_, const void* chunks_, const void* context_, int64_t n,
                void* dchunks_, void* dcontext_) {
+    using U = typename Unit<Sum>::type;
+    constexpr int64_t count = Unit<Sum>::count;
     auto dvalue = static_cast<const Sum*>(dvalue_);
     auto chunks = static_cast<const Stored*>(chunks_), context = static_cast<const Stored*>(context_);
     auto dchunks = static_cast<double*>(dchunks_);
     auto dcontext = static_cast<Sum*>(dcontext_);
     with_activation(activation, [&](auto f) {
-#pragma GCC ivdep
-        for (int64_t k = 0; k < n; ++k) {
-            Sum d = dvalue[k] * decltype(f)::slope(static_cast<Sum>(load(chunks[k]) + load(context[k])));
-            dchunks[k] += d;
-            dcontext[k] += d;
+        for (int64_t k = 0; k < n; k += count) {
+            int64_t there = count < n - k ? count : n - k;
+            Sum pre[count] = {};
+            for (int64_t i = 0; i < there; ++i) pre[i] = static_cast<Sum>(load(chunks[k + i]) + load(context[k + i]));
+            U slope = decltype(f)::slope(some<Sum, U>(pre, count));
+            for (int64_t i = 0; i < there; ++i) {
+                Sum d = dvalue[k + i] * reinterpret_cast<const Sum*>(&slope)[i];
+                dchunks[k + i] += d;
+                dcontext[k + i] += d;
+            }
         }
     });
 }
