@@ -53,7 +53,7 @@ def measure(shape: dict[str, Any], rounds: int) -> dict[str, Any]:
         hidden = hk.AdditiveHidden(torch.randn(G, m), torch.randn(I, J, m), "relu")
     else:
         hidden = torch.randn(G, I, J, m)
-    call = canonical_form(x, hidden, head, N, None).call
+    call = canonical_form(x, hidden, head, N).call
     backend, plan = plan_call(call, ("y",), None, None)
     estimates = {cost.order: cost.time_us for cost in plan.candidates["y"]}
     least = min(estimates.values())
