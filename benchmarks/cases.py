@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from measure import Contestants
 from torch import Tensor, nn
 
 import hyperkernels as hk
+from hyperkernels.backends import triton_fused
 from hyperkernels.planner import default_chunk
 from hyperkernels.testing import assert_no_worse_than_eager, peak_bytes
 
@@ -77,14 +80,20 @@ def linear(
         ),
         OURS: lambda: run(hk.hyper_linear, leaves),
     }
+    fused = partial(hk.hyper_linear, backend="triton")
+    if find_spec("triton") and (device == "cuda" or triton_fused.interpreted()):
+        contestants["triton"] = lambda: run(fused, leaves)
     if device == "cpu" and dtype == torch.float32 and not train:
         contestants["tuned dense"] = tuned_dense(x.detach(), dense.weight.detach())
 
     def check() -> None:
         exact = run(materialised, [v.detach().double().requires_grad_() for v in leaves], dy.double())
         names = ("y", "dx", "dhidden", "dhead")
-        for name, *values in zip(names, run(hk.hyper_linear, leaves), run(materialised, leaves), exact):
-            assert_no_worse_than_eager(name, *values)
+        eager = run(materialised, leaves)
+        for engine in (OURS, "triton"):
+            if engine in contestants:
+                for name, *values in zip(names, contestants[engine](), eager, exact):
+                    assert_no_worse_than_eager(f"{engine}: {name}", *values)
 
     what = "forward and backward" if train else "forward"
     name = f"{what}, {N}x{K}, chunks {rows}x{cols}, m={m}, B={B}"

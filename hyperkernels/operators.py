@@ -41,6 +41,8 @@ def call_of(
 
 
 def check_context_ids(context_ids: Tensor, contexts: int) -> None:
+    if context_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # to read them would end the capture
     if context_ids.numel() and not context_ids.is_meta:
         low, high = int(context_ids.min()), int(context_ids.max())
         if low < 0 or high >= contexts:

@@ -79,24 +79,29 @@ class Plan:
         return sum(step.bytes_moved for step in self.steps)
 
 
-def plan_contraction(call: Call, wanted: tuple[str, ...], order: str | None, estimate: Estimate) -> Plan:
-    """The cheapest orders for the partials of phi by the slots in `wanted`, sharing intermediates between them."""
+def plan_contraction(
+    call: Call, wanted: tuple[str, ...], order: str | None, estimate: Estimate, shares: bool = True
+) -> Plan:
+    """The cheapest orders for the partials of phi by the slots in `wanted`; with `shares` they share intermediates."""
     orders = ORDERS if order is None else (order,)
-    choices = [tuple(_steps(call, wanted, choice, estimate)) for choice in product(orders, repeat=len(wanted))]
+    choices = [tuple(_steps(call, wanted, choice, estimate, shares)) for choice in product(orders, repeat=len(wanted))]
     steps = min(choices, key=lambda steps: sum(step.time_us for step in steps))
     candidates = {
-        slot: tuple(step for name in ORDERS for step in _steps(call, (slot,), (name,), estimate)) for slot in wanted
+        slot: tuple(step for name in ORDERS for step in _steps(call, (slot,), (name,), estimate, shares))
+        for slot in wanted
     }
     return Plan(call, wanted, steps, candidates)
 
 
-def _steps(call: Call, wanted: tuple[str, ...], orders: tuple[str, ...], estimate: Estimate) -> Iterator[Step]:
-    """Outputs whose order and pair agree consume one intermediate."""
-    shared: dict[tuple[str, tuple[str, str]], list[str]] = {}
+def _steps(
+    call: Call, wanted: tuple[str, ...], orders: tuple[str, ...], estimate: Estimate, shares: bool
+) -> Iterator[Step]:
+    """Outputs whose order and pair agree consume one intermediate, if the backend shares them."""
+    together: dict[tuple[str, tuple[str, str], str], list[str]] = {}
     for slot, order in zip(wanted, orders):
         left, right = PAIRS[order]
-        shared.setdefault((order, right if slot in left else left), []).append(slot)
-    for (order, forms), outputs in shared.items():
+        together.setdefault((order, right if slot in left else left, "" if shares else slot), []).append(slot)
+    for (order, forms, _), outputs in together.items():
         yield _step(call, order, forms, tuple(outputs), estimate)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +16,12 @@ from torch import Tensor
 import hyperkernels as hk
 from hyperkernels.chunking import Grid
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-ENGINES = [("cpu", "cpu"), *(("torch", device) for device in DEVICES)]
+CUDA = torch.cuda.is_available()
+with patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):  # it is read when kernels are defined
+    import_module("hyperkernels.kernels.launch")
+
+DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
+ENGINES = [("cpu", "cpu"), *(("torch", device) for device in DEVICES), *([("triton", "cuda")] if CUDA else [])]
 SMALL = Grid(10, 7, 4, 3)
 CONTEXTS = ("shared", "per_entry", "ids", "additive", "additive_per_entry", "additive_ids")
 

@@ -91,7 +91,7 @@ BAD = {
     ),
     "unknown_order": Bad(ValueError, r"order: got 'fast', wanted None or one of generate", keywords={"order": "fast"}),
     "unknown_backend": Bad(
-        ValueError, r"backend: got 'gpu', wanted None or one of cpu, torch", keywords={"backend": "gpu"}
+        ValueError, r"backend: got 'gpu', wanted None or one of cpu, triton, torch", keywords={"backend": "gpu"}
     ),
     "backend_without_the_order": Bad(
         ValueError,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperkernels.backends import native_cpu, reference, torch_blocks, torch_matmul
+from hyperkernels.backends import native_cpu, reference, torch_blocks, torch_matmul, triton_fused
 from hyperkernels.call import Call, check_order
 from hyperkernels.planner import Estimate, Plan, plan_contraction, workspace_bytes
 
@@ -19,15 +19,17 @@ Contract = Callable[[Call, Plan, dict[str, Tensor], Tensor | None], Sequence[Ten
 class Backend(NamedTuple):
     """`supports(call, order)` answers `(ok, reason)`; `contract` runs a plan on canonical factors, and is None for
     the reference, which is written in differentiable torch and needs no engine; `estimate` tells the planner what a
-    step takes."""
+    step takes; with `shares` the outputs of a step consume one intermediate, else each forms its own."""
 
     supports: Callable[[Call, str | None], tuple[bool, str]]
     contract: Contract | None
     estimate: Estimate
+    shares: bool = True
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(native_cpu.supports, native_cpu.contract, native_cpu.estimate),
+    "triton": Backend(triton_fused.supports, triton_fused.contract, triton_fused.estimate, shares=False),
     "torch": Backend(torch_matmul.supports, torch_matmul.contract, torch_blocks.estimate),
     "reference": Backend(reference.supports, None, torch_blocks.estimate),
 }
@@ -49,7 +51,7 @@ def _plan(
     call: Call, wanted: tuple[str, ...], order: str | None, backend: str | None, _setting: tuple
 ) -> tuple[str, Plan]:
     name = choose_backend(call, order, backend)[0]
-    return name, plan_contraction(call, wanted, order, BACKENDS[name].estimate)
+    return name, plan_contraction(call, wanted, order, BACKENDS[name].estimate, BACKENDS[name].shares)
 
 
 def choose_backend(call: Call, order: str | None = None, backend: str | None = None) -> tuple[str, dict[str, str]]:

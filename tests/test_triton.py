@@ -1,0 +1,171 @@
+"""The Triton engine's kernels, one operation at a time in Triton's interpreter, against the fp64 reference.
+
+On a CUDA device the other tests run them for real, as one of the engines.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CONTEXTS, gradients, make_problem
+
+import hyperkernels as hk
+from hyperkernels.backends import plan_call, triton_fused
+from hyperkernels.call import ORDERS, Call
+from hyperkernels.chunking import Grid
+from hyperkernels.form import canonical_form
+from hyperkernels.hidden import ACTIVATIONS
+from hyperkernels.kernels.roles import roles_of, sizes_of
+from hyperkernels.kernels.tiles import CHIPS, Tile, chip_of, tile_for, work_of
+from hyperkernels.testing import assert_no_worse_than_eager
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GRIDS = {"cropped": Grid(31, 29, 7, 5), "one_row": Grid(6, 20, 1, 20), "wide": Grid(18, 70, 9, 35)}
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles as small as they can be, so that little problems have many of them, splits and edges."""
+    from hyperkernels.kernels import launch
+
+    def least(sizes, chip):
+        order = sizes.kernel.split("_")[0]
+        block = (4, 4, 4, 4, 16, 16) if order == "contract" else (16, 1, 16, 2, 16, 16)
+        return Tile(*block, splits=min(3, work_of(sizes, Tile(*block)).splits)), 0.0
+
+    monkeypatch.setattr(launch, "tile_for", least)
+
+
+def check(problem, dtype, order):
+    low = problem.to(dtype)
+    high = tuple(v.detach().double().requires_grad_() for v in low)
+    dy = torch.randn_like(problem.call(*high)).to(dtype).double()
+    ours = gradients(problem, low, dy, backend="triton", order=order)
+    eager = gradients(problem, low, dy, backend="reference")
+    exact = gradients(problem, high, dy, backend="reference")
+    for name, *values in zip(("y", *problem.names), ours, eager, exact):
+        assert_no_worse_than_eager(name, *values)
+
+
+@pytest.mark.parametrize("contexts", CONTEXTS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_error_at_most_twice_eagers(dtype, order, contexts):
+    check(make_problem(contexts, GRIDS["cropped"], 5, tokens=4), dtype, order)
+
+
+@pytest.mark.parametrize("grid", [GRIDS["one_row"], GRIDS["wide"]], ids=["one_row", "wide"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_grids(order, grid):
+    check(make_problem("per_entry", grid, 19, tokens=1), torch.float32, order)
+
+
+@pytest.mark.parametrize("contexts", CONTEXTS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_many_tiles_and_splits(order, contexts, small_tiles):
+    check(make_problem(contexts, Grid(19, 23, 5, 11), 9, tokens=5), torch.float32, order)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("order", ["head_first", "generate"])
+def test_activations(order, activation):
+    check(make_problem("additive_per_entry", Grid(7, 9, 4, 5), 3, activation=activation), torch.float32, order)
+
+
+@pytest.mark.parametrize("contexts", ["shared", "per_entry", "ids"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_small_integers_are_exact(order, contexts):
+    problem = make_problem(contexts, Grid(30, 33, 8, 8), 4, integers=True, dtype=torch.float32)
+    dy = torch.randint(-2, 3, problem.call(*problem.tensors).shape).float()
+    for got, wanted in zip(
+        gradients(problem, problem.tensors, dy, order=order, backend="triton"),
+        gradients(problem, problem.tensors, dy, backend="reference"),
+    ):
+        assert torch.equal(got, wanted)
+
+
+def test_strides():
+    x = torch.randn(3, 40, 4).transpose(1, 2)[:, 1:, ::2]
+    hidden = torch.randn(5, 4, 2, 3).permute(2, 0, 1, 3).contiguous()[:1].expand(3, 5, 4, 3)
+    head = torch.randn(3, 5, 6).permute(0, 2, 1)
+    y = hk.hyper_linear(x, hidden, head, backend="triton")
+    torch.testing.assert_close(y, hk.hyper_linear(x, hidden, head, backend="reference"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0, 7)])
+def test_empty_batches(shape):
+    x, hidden, head = torch.randn(shape), torch.randn(3, 3, 2), torch.randn(2, 4, 3)
+    assert hk.hyper_linear(x, hidden, head, out_features=10, backend="triton").shape == (*shape[:-1], 10)
+
+
+def test_what_it_cannot_do(monkeypatch):
+    problem = make_problem()
+    with pytest.raises(ValueError, match=r"'triton' cannot do this call: it has no torch\.float64"):
+        problem.call(*problem.tensors, backend="triton")
+    low = problem.to(torch.float32)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="it runs on CUDA devices, and the tensors are on cpu"):
+        problem.call(*low, backend="triton")
+    assert problem.call(*low).shape == (3, 10)
+    monkeypatch.setattr(triton_fused, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        problem.call(*low, backend="triton")
+
+
+def test_roles():
+    """The table of `chain`."""
+    call = Call(Grid(32, 48, 4, 8), 3, 1, 1, 10)
+    roles = {(order, out): roles_of(call, order, out) for order in ORDERS for out in ("y", "hidden", "x", "head")}
+    assert roles["head_first", "y"][:4] == ("x", "head", "hidden", "y")
+    assert roles["head_first", "y"][5:] == ("j", "r", "i", "q")
+    assert roles["head_first", "hidden"][:5] == ("x", "head", "hidden", "y", "hidden")
+    assert roles["head_first", "x"] == ("y", "hidden", "head", "x", "x", "r", "j", "q", "i")
+    assert roles["hidden_first", "y"] == ("x", "hidden", "head", "y", "y", "q", "i", "r", "j")
+    assert roles["generate", "head"] == roles["head_first", "head"]
+
+
+SHAPES = [
+    (4096, 4096, 16, 256),
+    (1024, 1024, 16, 64),
+    (8192, 28672, 16, 1024),
+    (7, 5, 3, 2),
+    (1, 1, 1, 1),
+    (50, 4000, 50, 1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("capability", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_tiles_fit(capability, shape):
+    """Whatever the shape there is a tile, whose products tensor cores take and whose operands the chip holds."""
+    chip = chip_of(capability)
+    for contexts, rows in ((1, 1), (1, 16), (1, 8192), (256, 1), (64, 128)):
+        for dtype in DTYPES.values():
+            call = Call(Grid(*shape), 32, contexts, contexts, rows, dtype=dtype, device="cuda")
+            for order in ORDERS:
+                for out in ("y", "x", "hidden", "head"):
+                    sizes = sizes_of(call, order, out)
+                    tile, time_us = tile_for(sizes, chip)
+                    work = work_of(sizes, tile)
+                    assert min(*work.inner, *work.outer) >= 16
+                    assert work.shared_bytes(dtype.itemsize, tile.stages) <= chip.shared_bytes
+                    assert 1 <= tile.splits <= work.splits
+                    assert time_us > 0
+
+
+def test_small_batches_fill_the_chip():
+    call = Call(Grid(4096, 4096, 16, 256), 32, 1, 1, 1, dtype=torch.bfloat16, device="cuda")
+    sizes = sizes_of(call, "head_first", "y")
+    tile, _ = tile_for(sizes, chip_of((9, 0)))
+    assert work_of(sizes, tile).programs * tile.splits >= 64
+
+
+def test_the_plan_forms_an_intermediate_for_each_output():
+    x, hidden, head = torch.randn(3, 32), torch.randn(4, 4, 5), torch.randn(5, 8, 8)
+    plan = plan_call(canonical_form(x, hidden, head).call, ("hidden", "head", "x"), None, "triton")[1]
+    assert [len(step.outputs) for step in plan.steps] == [1, 1, 1]
