@@ -1,7 +1,7 @@
 """What the kernels read: x and y row by row, hidden and head, tile by tile.
 
 A tile of rows is `[token, outer, inner]` and one of a factor `[outer, k, inner]`, the width in the middle; their sizes
-are powers of two, and what lies past an end is zero.
+are powers of two, and what lies past an end is zero but in an additive hidden.
 """
 
 import os
@@ -154,13 +154,14 @@ def pre_activation(factor, g, outer, k, inner):
 
 @triton.jit
 def load_factor(factor, g, outer, k, inner, ACTIVATION: tl.constexpr):
-    """A tile of a factor; where it has a `context`, of `activation(chunks + context)`."""
+    """A tile of a factor; where it has a `context`, of `activation(chunks + context)`. Past an end that is not zero,
+    but what it is multiplied by is."""
     if factor.context is None:
         offset, mask = factor_tile(factor, outer, k, inner)
         return tl.load(factor.pointer + g * factor.stride_context + offset, mask=mask, other=0)
     else:
-        pre, mask = pre_activation(factor, g, outer, k, inner)
-        return rounded(tl.where(mask, activate(pre, ACTIVATION), 0), factor.pointer.dtype.element_ty)
+        pre, _ = pre_activation(factor, g, outer, k, inner)
+        return rounded(activate(pre, ACTIVATION), factor.pointer.dtype.element_ty)
 
 
 @triton.jit
