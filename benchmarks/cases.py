@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import hyperkernels as hk
 from hyperkernels.backends import triton_fused
+from hyperkernels.call import Call
+from hyperkernels.form import canonical_form
 from hyperkernels.planner import default_chunk
 from hyperkernels.testing import assert_no_worse_than_eager, peak_bytes
 
@@ -33,6 +35,8 @@ class Case:
     faster: dict[str, float] = field(default_factory=dict)
     smaller: dict[str, float] = field(default_factory=dict)
     of_peak: float | None = None
+    call: Call | None = None
+    outputs: tuple[str, ...] = ("y",)
 
 
 def linear(
@@ -97,7 +101,9 @@ def linear(
 
     what = "forward and backward" if train else "forward"
     name = f"{what}, {N}x{K}, chunks {rows}x{cols}, m={m}, B={B}"
-    return Case(name, contestants, check, faster or {}, of_peak=of_peak)
+    outputs = ("y", "hidden", "head", "x") if train else ("y",)
+    call = canonical_form(x, hidden, head).call
+    return Case(name, contestants, check, faster or {}, of_peak=of_peak, call=call, outputs=outputs)
 
 
 def tuned_dense(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
@@ -182,6 +188,43 @@ def contexts(
         faster,
         {"hypnettorch": 100},
     )
+
+
+def many_contexts(
+    shape: tuple[int, int], chunk: tuple[int, int], m: int, G: int, T: int, device: str, dtype: torch.dtype
+) -> Case:
+    """T tokens for each of G contexts, through an additive hidden layer: against weights formed, then `torch.bmm`."""
+    (N, K), (rows, cols) = shape, chunk
+    I, J = N // rows, K // cols
+    sizes = ((G, T, K), (G, m), (I, J, m), (m, rows, cols))
+    x, context, chunks, head = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
+
+    @torch.no_grad()
+    def run(x: Tensor, context: Tensor, backend: str | None = None) -> Tensor:
+        return hk.hyper_linear(x, hk.AdditiveHidden(context, chunks, "relu"), head, backend=backend)
+
+    @torch.no_grad()
+    def materialised(x: Tensor, context: Tensor, chunks: Tensor, head: Tensor) -> Tensor:
+        weights = hk.generate_weight(hk.AdditiveHidden(context, chunks, "relu"), head, shape)
+        return torch.bmm(x, weights.transpose(1, 2))
+
+    contestants: Contestants = {
+        "materialise": lambda: materialised(x, context, chunks, head),
+        OURS: lambda: run(x, context),
+    }
+    if find_spec("triton") and (device == "cuda" or triton_fused.interpreted()):
+        contestants["triton"] = lambda: run(x, context, "triton")
+
+    def check() -> None:
+        few, some = x[:2], context[:2]
+        exact = materialised(few.double(), some.double(), chunks.double(), head.double())
+        eager = materialised(few, some, chunks, head)
+        for backend in (None, *(("triton",) if "triton" in contestants else ())):
+            assert_no_worse_than_eager(f"{backend}: y", run(few, some, backend), eager, exact)
+
+    call = canonical_form(x, hk.AdditiveHidden(context, chunks, "relu"), head).call
+    name = f"forward, {G} contexts of {T}, {N}x{K}, chunks {rows}x{cols}, m={m}, relu"
+    return Case(name, contestants, check, call=call)
 
 
 LARGE, SMALL = ((4096, 4096), (16, 256), 32), ((1024, 1024), (16, 64), 32)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from roofline import roofline
 
-from hyperkernels.call import LABELS, ORDERS, OUTPUT, Call
+from hyperkernels.call import ORDERS, OUTPUT, Call
 from hyperkernels.chunking import Grid
-from hyperkernels.kernels.roles import roles_of, sizes_of
+from hyperkernels.kernels.roles import sizes_of
 from hyperkernels.kernels.tiles import CHIPS, Chip, chip_of, tile_for
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -98,17 +99,6 @@ def sass(cubin: bytes) -> tuple[int, int, list[str]]:
     )
 
 
-def roofline_us(call: Call, order: str, out: str, capability: tuple[int, int]) -> tuple[int, int, float, str]:
-    """Flops of the order, bytes that must move, the time both allow, and which of them takes it."""
-    roles, labels = roles_of(call, order, out), LABELS[False]
-    pairs = (("hidden", "head"), ("x", "y")) if order == "generate" else ((roles.u, roles.f), (roles.w, roles.v))
-    flops = sum(2 * call.numbers(labels[a] + labels[b]) for a, b in pairs)
-    names = ["x", "y", "hidden", "head", *(["chunks"] if call.activation else [])]
-    moved = call.dtype.itemsize * sum(torch.Size(call.shape(name)).numel() for name in names)
-    compute, memory = 1e6 * flops / chip_of(capability).flops_per_s, 1e6 * moved / MEMORY_BYTES_PER_S[capability]
-    return flops, moved, max(compute, memory), "compute" if compute > memory else "memory"
-
-
 def compiled(name: str, call: Call, out: str, capability: tuple[int, int]) -> dict[str, Any]:
     chip = chip_of(capability)
     order = min(ORDERS, key=lambda order: tile_for(sizes_of(call, order, out), chip)[1])
@@ -117,7 +107,7 @@ def compiled(name: str, call: Call, out: str, capability: tuple[int, int]) -> di
     launch = launch_of(call, order, out, chip)
     kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.keywords)
     registers, stack, instructions = sass(kernel.asm["cubin"])
-    flops, moved, roof_us, bound = roofline_us(call, order, out, capability)
+    roof = roofline(call, order, (out,), chip.flops_per_s, MEMORY_BYTES_PER_S[capability])
     return {
         "shape": name,
         "output": OUTPUT[out],
@@ -133,10 +123,10 @@ def compiled(name: str, call: Call, out: str, capability: tuple[int, int]) -> di
         "tensor_core": sum(i in ("HMMA", *TENSOR_CORES.values()) for i in instructions),
         "wide_tensor_core": instructions.count(TENSOR_CORES[capability]),
         "spills": sum(i in ("LDL", "STL") for i in instructions),
-        "flops": flops,
-        "bytes_moved": moved,
-        "roofline_us": roof_us,
-        "bound": bound,
+        "flops": roof.flops,
+        "bytes_moved": roof.bytes_moved,
+        "roofline_us": roof.time_us,
+        "bound": roof.bound,
         "predicted_us": predicted_us,
     }
 

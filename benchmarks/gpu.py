@@ -11,34 +11,76 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import OURS, Case, linear
-from measure import Quantiles, ceilings, machine, timed
+from cases import Case, linear, many_contexts
+from measure import Quantiles, ceilings, graphed, machine, timed
+from roofline import roofline
 
+from hyperkernels.backends import plan_call
 from hyperkernels.testing import peak_bytes
 
 ROOT = Path(__file__).parents[1]
 TESTS_S = 300  # of the nine minutes that everything may take
 
 
-def cases(device: str, quick: bool) -> list[dict[str, Any]]:
-    shape, chunk, m = ((128, 128), (4, 32), 8) if quick else ((4096, 4096), (16, 256), 32)
-    common = {"shape": shape, "chunk": chunk, "m": m, "device": device, "dtype": torch.bfloat16}
-    tokens = (1, 16) if quick else (1, 16, 256, 8192)
-    return [common | {"B": B, "train": train} for B in tokens for train in (False, True)]
+def cases(device: str, quick: bool) -> dict[str, tuple[Callable[[], Case], int]]:
+    """Each case, and of how many copies: on a CUDA device their inputs together are several times its cache."""
+    large, wide = ((4096, 4096), (16, 256), 32), ((8192, 28672), (16, 1024), 32)
+    tokens, decode, contexts = (8192,), (1, 4, 16), ((256, 1), (64, 128))
+    if quick:
+        large = wide = ((64, 64), (4, 32), 8)
+        tokens, decode, contexts = (16,), (1,), ((5, 1),)
+    common: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    few, many = (1, 1) if device == "cpu" else (3, 8)
+    found: dict[str, tuple[Callable[[], Case], int]] = {}
+    for B in tokens:
+        for train in (False, True):
+            found[f"B={B}, train={train}"] = partial(linear, *large, B, train=train, **common), few
+    for B in decode:
+        for name, shape in (("", large), (", wide", wide)):
+            found[f"decode B={B}{name}"] = partial(linear, *shape, B, **common), many
+    for G, T in contexts:
+        found[f"{G} contexts of {T}"] = partial(many_contexts, *large, G, T, **common), 1
+    return found
 
 
-def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
+def roof_us(case: Case, found: dict[str, float]) -> float:
+    """What the ceilings allow the case's plan."""
+    assert case.call is not None
+    engine = "triton" if "triton" in case.contestants else None
+    plan = plan_call(case.call, case.outputs, None, engine)[1]
+    rates = found["gflop_per_s"] * 1e9, found["gb_per_s"] * 1e9
+    return sum(roofline(case.call, plan.order_of(slot), (slot,), *rates).time_us for slot in case.outputs)
+
+
+def measure(make: Callable[[], Case], copies: int, device: str, rounds: int, found: dict[str, float]) -> dict[str, Any]:
+    """Interleaved rounds; on a CUDA device of replayed graphs, each over all copies."""
+    made = [make() for _ in range(copies)]
+    case = made[0]
     case.check()
-    seconds: dict[str, list[float]] = {name: [] for name in case.contestants}
+    runs: dict[str, Callable[[], float]] = {}
+    notes: dict[str, str] = {}
+    for name, call in case.contestants.items():
+        runs[name] = partial(timed, call, device)
+        if device == "cuda":
+            try:
+                runs[name] = graphed([copy.contestants[name] for copy in made])
+            except Exception as error:  # it is timed without a graph then
+                notes[name] = f"no graph: {error}"
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, call in case.contestants.items():
-            seconds[name].append(timed(call, device))
+        for name, run in runs.items():
+            seconds[name].append(run())
     return {
         "case": case.name,
+        "copies": copies,
+        "notes": notes,
+        "roofline_ms": roof_us(case, found) / 1e3,
         "times": {name: Quantiles.of(times)._asdict() for name, times in seconds.items()},
         "peak_mib": {name: peak_bytes(call, device) / 2**20 for name, call in case.contestants.items()},
     }
@@ -83,19 +125,19 @@ def main() -> int:
         print(f"tests: stopped after {TESTS_S} s", flush=True)
     save(path, results)
 
-    results["machine_info"]["ceilings"] = ceilings(device)
-    print(json.dumps(results["machine_info"]["ceilings"]), flush=True)
-    for keywords in cases(device, arguments.quick):
+    results["machine_info"]["ceilings"] = ceiling = ceilings(device)
+    print(json.dumps(ceiling), flush=True)
+    for name, (make, copies) in cases(device, arguments.quick).items():
         try:
-            found = measure(linear(**keywords), device, 3 if arguments.quick else 15)
+            found = measure(make, copies, device, 2 if arguments.quick else 20, ceiling)
         except Exception as error:  # the rest is still worth measuring
             traceback.print_exc()
-            results["failed"].append({"case": str(keywords), "error": str(error)})
+            results["failed"].append({"case": name, "error": str(error)})
         else:
             results["cases"].append(found)
             p50 = {name: times["p50_ms"] for name, times in found["times"].items()}
-            faster = ", ".join(f"{t / p50[OURS]:.2f} x {name}" for name, t in p50.items() if name != OURS)
-            print(f"{found['case']}: {p50[OURS]:.3f} ms, {faster}", flush=True)
+            times = f"{found['case']}: " + ", ".join(f"{name} {t:.4f} ms" for name, t in p50.items())
+            print(f"{times}, roofline {found['roofline_ms']:.4f} ms", flush=True)
         save(path, results)
     return 1 if results["failed"] or results["tests_exit_code"] else 0
 

@@ -40,6 +40,32 @@ def timed(call: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
+def graphed(calls: list[Callable[[], Any]]) -> Callable[[], float]:
+    """Captures the calls, one after another, in one CUDA graph; what comes back replays it, and gives the seconds that
+    one call took. Calls on inputs that together are larger than the second-level cache find it cold."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def replay() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(calls)
+
+    return replay
+
+
 def ceilings(device: str = "cpu") -> dict[str, float]:
     """The best of ten large matrix products and of ten large copies, fp32 on a CPU and bf16 on a CUDA device; on a CPU
     also the fp32 multiplications and additions of all threads whose operands never leave their registers."""

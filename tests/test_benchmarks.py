@@ -73,7 +73,7 @@ def test_make_gpu_runs_end_to_end_without_one(tmp_path):
     result = run("benchmarks/gpu.py", "--device", "cpu", "--quick", "--output", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     saved = json.loads((tmp_path / "cpu.json").read_text())
-    assert len(saved["cases"]) == 4
+    assert len(saved["cases"]) == 5
     assert all("triton" in case["times"] for case in saved["cases"])
     assert saved["tests_exit_code"] == 0
     assert not saved["failed"]
