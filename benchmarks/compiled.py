@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hyperkernels.kernels.launch import Launch, prepare
+from hyperkernels.kernels.launch import Contexts, Launch, prepare
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TENSOR_CORES = {(8, 0): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA"}
@@ -42,10 +42,11 @@ class Shape(NamedTuple):
     contexts: int
     tokens: int
     activation: str = ""
+    mapped: bool = False
 
     def call(self, dtype: torch.dtype) -> Call:
         return Call(
-            self.grid, 32, self.contexts, self.contexts, self.tokens, False, False, self.activation, dtype, "cuda"
+            self.grid, 32, self.contexts, self.contexts, self.tokens, False, self.mapped, self.activation, dtype, "cuda"
         )
 
 
@@ -56,7 +57,10 @@ SHAPES = {
     "decode 1, wide": Shape(WIDE, 1, 1),
     "256 contexts": Shape(LARGE, 256, 1, "relu"),
     "64 contexts of 128": Shape(LARGE, 64, 128),
+    "64 mapped contexts": Shape(LARGE, 64, 128, "tanh", mapped=True),
     "fine chunks": Shape(FINE, 1, 4096),
+    "odd": Shape(Grid(31, 29, 7, 5), 3, 5),
+    "one of each": Shape(Grid(1, 1, 1, 1), 1, 1),
 }
 
 
@@ -79,7 +83,8 @@ class Elsewhere:
 def launch_of(call: Call, order: str, out: str, chip: Chip) -> Launch:
     names = ("x", "y", "hidden", "head", *(["chunks"] if call.activation else []))
     factors = {name: torch.empty(call.shape(name), dtype=call.dtype, device="meta") for name in names}
-    return prepare(call, order, out, factors, None, chip)
+    ids = torch.empty(call.entries, dtype=torch.int64, device="meta")
+    return prepare(call, order, out, factors, Contexts.of(call, ids) if call.mapped else None, chip)
 
 
 def sass(cubin: bytes) -> tuple[int, int, list[str]]:

@@ -46,9 +46,10 @@ class Explanation:
         for plan in (self.forward, self.backward):
             for slot in plan.wanted:
                 lines += self._rows(plan, slot)
+        sharing = ", sharing intermediates" if BACKENDS[self.backend].shares else ""
         lines.append(
-            f"y: {self.forward.flops / max(dense, 1):.2f} of a dense layer's FLOPs; gradients, sharing "
-            f"intermediates: {self.backward.flops / max(2 * dense, 1):.2f}"
+            f"y: {self.forward.flops / max(dense, 1):.2f} of a dense layer's FLOPs; gradients{sharing}: "
+            f"{self.backward.flops / max(2 * dense, 1):.2f}"
         )
         return "\n".join(lines)
 

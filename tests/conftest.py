@@ -116,6 +116,13 @@ def engine(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
+def can(backend: str, dtype: torch.dtype, per_chunk_heads: bool = False) -> bool:
+    """Whether the backend has what a test is about; what it does not have it must refuse."""
+    if backend == "cpu":
+        return dtype != torch.float16
+    return backend != "triton" or not (dtype == torch.float64 or per_chunk_heads)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param

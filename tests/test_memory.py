@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import can
 
 import hyperkernels as hk
 from hyperkernels.call import ORDERS
@@ -89,6 +90,10 @@ def test_per_chunk_heads_and_cropped_edges_keep_to_the_workspace(order, engine):
     backend, device = engine
     hidden = torch.randn(16, 16, 16, 8, device=device)
     head, x = torch.randn(256, 8, 64, 64, device=device), torch.randn(16, 64, 1000, device=device)
+    if not can(backend, torch.float32, per_chunk_heads=True):
+        with pytest.raises(ValueError, match="share one head"):
+            hk.hyper_linear(x, hidden, head, out_features=1001, order=order, backend=backend)
+        return
     with torch.no_grad():
         peak = peak_bytes(
             lambda: hk.hyper_linear(x, hidden, head, out_features=1001, order=order, backend=backend), device

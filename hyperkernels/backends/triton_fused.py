@@ -1,4 +1,4 @@
-"""The Triton engine: every contraction, in every order, one launch each, its intermediate formed and consumed on chip.
+"""The Triton engine: every contraction, in every order, by one kernel whose intermediate never leaves the chip.
 
 The kernels are in `hyperkernels/kernels`; this room says what they can do, and how long and in what memory.
 """
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hyperkernels.call import Call, result_names
 from hyperkernels.kernels.roles import sizes_of
-from hyperkernels.kernels.tiles import Chip, chip_of, tile_for
+from hyperkernels.kernels.tiles import Chip, chip_of, context_planes, tile_for
 from hyperkernels.planner import Plan, Step
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = (8, 0)
 ASSUMED = (9, 0)  # where there is no device to ask
 
 
@@ -29,11 +30,18 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@cache
+def installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def supports(call: Call, order: str | None) -> tuple[bool, str]:
-    if find_spec("triton") is None:
+    if not installed():
         return False, "triton is not installed"
     if call.device != "cuda" and not (call.device == "cpu" and interpreted()):
         return False, f"it runs on CUDA devices, and the tensors are on {call.device}"
+    if call.device == "cuda" and (torch.version.hip or torch.cuda.get_device_capability() < OLDEST):
+        return False, "it runs on NVIDIA devices of compute capability 8.0 and later"
     if call.dtype not in DTYPES:
         return False, f"it has no {call.dtype}"
     if call.per_chunk_heads:
@@ -41,9 +49,16 @@ def supports(call: Call, order: str | None) -> tuple[bool, str]:
     return True, "fused Triton kernels, not yet measured on a device, so only when asked for"
 
 
-@cache
 def _chip(device: str) -> Chip:
-    return chip_of(torch.cuda.get_device_capability() if device == "cuda" else ASSUMED)
+    return _device_chip(torch.cuda.current_device()) if device == "cuda" else chip_of(ASSUMED)
+
+
+@cache
+def _device_chip(index: int) -> Chip:
+    found = torch.cuda.get_device_properties(index)
+    return chip_of((found.major, found.minor))._replace(
+        multiprocessors=found.multi_processor_count, shared_bytes=found.shared_memory_per_block_optin
+    )
 
 
 def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Tensor | None) -> list[Tensor]:
@@ -55,9 +70,10 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     launch: Any = import_module("hyperkernels.kernels.launch")
     mapped = None if context_ids is None else launch.Contexts.of(call, context_ids)
     found: dict[str, Tensor] = {}
-    for step in plan.steps:
-        for slot in step.outputs:
-            found |= launch.prepare(call, step.order, slot, factors, mapped, _chip(call.device)).run()
+    with torch.cuda.device_of(next(iter(factors.values()))):  # where triton launches
+        for step in plan.steps:
+            for slot in step.outputs:
+                found |= launch.prepare(call, step.order, slot, factors, mapped, _chip(call.device)).run()
     return [found[name] for name in names]
 
 
@@ -65,8 +81,11 @@ def estimate(call: Call, step: Step) -> tuple[float, int]:
     """Time in us, and workspace in bytes: the planes that programs sum apart."""
     total_us, workspace = 0.0, 0
     for slot in step.outputs:
-        tile, time_us = tile_for(sizes_of(call, step.order, slot), _chip(call.device))
+        sizes = sizes_of(call, step.order, slot)
+        tile, time_us = tile_for(sizes, _chip(call.device))
         total_us += time_us
-        numbers = sum(prod(call.shape(name)) for name in result_names((slot,), call.activation))
-        workspace = max(workspace, 4 * tile.splits * numbers if tile.splits > 1 else 0)
+        result = prod(call.shape("chunks" if sizes.additive else slot))
+        sums = tile.splits * result if tile.splits > 1 else 0
+        sums += context_planes(sizes, tile, tile.splits) * call.contexts * call.width
+        workspace = max(workspace, 4 * sums)
     return total_us, workspace

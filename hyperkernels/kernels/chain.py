@@ -16,10 +16,11 @@ hidden_first exchanges `(i, j)` with `(r, q)` and hidden with head. What differs
 
 A program of contract_rows keeps a tile `[(b,o), n]` of v in registers and walks s and k; one of contract_sums keeps a
 tile `[(s,k), n]` of w and walks the rows and o. t is multiplied as `[(b,s), d] x [d, (o,k)]`, turned on chip to
-`[(b,o), (s,k)]`, and multiplied again: two products of tensor-core size for each step, x and y touched once.
+`[(b,o), (s,k)]`, and multiplied again: two products of tensor-core size for each step.
 
 Flops: `2 B S D M O + 2 B S M O N` for B rows, each of the first product again for every tile of n (contract_sums: of k
-or s too). Bytes: u and v once per tile of the others' labels, f and w once per tile of rows.
+or s too). Bytes, of contract_rows: u for every tile of n and o (and every step, unless one tile of it is held),
+f for every tile of rows and n, w for every tile of rows and o, v once.
 """
 
 import triton
@@ -94,20 +95,21 @@ def contract_sums(u, f, v, w, sums, context_sums, batch, partial_stride,
                   ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ONE_D: tl.constexpr, BY_CONTEXT: tl.constexpr,
                   SPLITS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr,
                   BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """Grid: (SPLITS of the rows, that for each context with BY_CONTEXT, tiles of s x tiles of k, tiles of n).
+    """Grid: (contexts with BY_CONTEXT x SPLITS of the rows x tiles of s x tiles of k, tiles of n).
 
     `sums` is w's derivative, a plane for each split. Where w is an additive hidden, with a `context`, it is that of its
     chunks, and `context_sums [tile of s, tile of n, context, k]` has what belongs to the contexts.
     """
     tiles_k = tl.cdiv(w.width, BK)
-    tile_s = tl.program_id(1) // tiles_k
-    split = tl.program_id(0) % SPLITS
+    tiles_w = tl.cdiv(w.size_outer, BS) * tiles_k
+    tile_s = tl.program_id(0) % tiles_w // tiles_k
+    split = tl.program_id(0) // tiles_w % SPLITS
     s = tile_s * BS + tl.arange(0, BS)
-    k = tl.program_id(1) % tiles_k * BK + tl.arange(0, BK)
-    n = tl.program_id(2) * BN + tl.arange(0, BN)
+    k = tl.program_id(0) % tiles_k * BK + tl.arange(0, BK)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     steps_o = tl.cdiv(v.size_outer, BO)
     _, tiles = tiles_of(batch, batch.contexts - 1, BT)
-    own = tl.program_id(0) // SPLITS  # 0 unless BY_CONTEXT
+    own = tl.program_id(0) // tiles_w // SPLITS  # 0 unless BY_CONTEXT
     if BY_CONTEXT:
         first, end = tiles_of(batch, own, BT)
         begin_g, end_g = own, own + 1
@@ -130,7 +132,7 @@ def contract_sums(u, f, v, w, sums, context_sums, batch, partial_stride,
             b_v = tl.reshape(load_features(v, entry, token, there, o, n), [BT * BO, BN])
             b_w = dot(b_t, b_v, b_w, PRECISION)
         if w.context is not None:
-            plane = (tile_s * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * batch.contexts + g
+            plane = (tile_s * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * batch.contexts + g
             b_dhidden = tl.reshape(b_w, [BS, BK, BN])
             b_chunks += pull_back(w, g, s, k, n, b_dhidden, context_sums + plane * w.width, ACTIVATION)
             b_w = tl.zeros([BS * BK, BN], tl.float32)

@@ -66,16 +66,17 @@ def generate_sums(u, f, v, w, sums, context_sums, batch, partial_stride,
                   ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BY_CONTEXT: tl.constexpr, SPLITS: tl.constexpr,
                   BT: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BN: tl.constexpr,
                   BD: tl.constexpr):  # fmt: skip
-    """Grid: (SPLITS of o and d, that for each context with BY_CONTEXT, s x tiles of k, tiles of n).
+    """Grid: (contexts with BY_CONTEXT x SPLITS of o and d x s x tiles of k, tiles of n).
 
     `sums` and `context_sums` are `chain.contract_sums`'s, but for a plane of `context_sums` for each split too.
     """
     tiles_k = tl.cdiv(w.width, BK)
-    outer = tl.program_id(1) // tiles_k
-    split, own = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    tiles_w = w.size_outer * tiles_k
+    outer = tl.program_id(0) % tiles_w // tiles_k
+    split, own = tl.program_id(0) // tiles_w % SPLITS, tl.program_id(0) // tiles_w // SPLITS
     s = outer + tl.arange(0, 1)
-    k = tl.program_id(1) % tiles_k * BK + tl.arange(0, BK)
-    n = tl.program_id(2) * BN + tl.arange(0, BN)
+    k = tl.program_id(0) % tiles_k * BK + tl.arange(0, BK)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     steps_d = tl.cdiv(u.size_inner, BD)
     steps = tl.cdiv(v.size_outer, BO) * steps_d
     begin_g, end_g = own, own + 1
@@ -98,7 +99,7 @@ def generate_sums(u, f, v, w, sums, context_sums, batch, partial_stride,
             b_f = tl.reshape(tl.permute(load_factor(f, g, o, k, d, ACTIVATION), (0, 2, 1)), [BO * BD, BK])
             b_w = dot(b_W, b_f, b_w, PRECISION)
         if w.context is not None:
-            plane = (split * w.size_outer + outer) * tl.num_programs(2) + tl.program_id(2)
+            plane = (split * w.size_outer + outer) * tl.num_programs(1) + tl.program_id(1)
             p_dcontext = context_sums + (plane.to(tl.int64) * batch.contexts + g) * w.width
             b_dhidden = tl.reshape(tl.trans(b_w), [1, BK, BN])
             b_chunks += pull_back(w, g, s, k, n, b_dhidden, p_dcontext, ACTIVATION)

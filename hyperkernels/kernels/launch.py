@@ -18,6 +18,13 @@ from hyperkernels.kernels.tiles import Chip, tile_for
 KERNELS = {kernel.__name__: kernel for kernel in (contract_rows, contract_sums, generate_rows, generate_sums)}
 
 
+def tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # once it is set, the flag may not be read
+        return matmul.fp32_precision == "tf32"
+    return bool(matmul.allow_tf32)
+
+
 class Contexts(NamedTuple):
     """Mapped contexts: whose rows lie where. Made on the device, without waiting for it."""
 
@@ -52,6 +59,8 @@ def _features(call: Call, slot: str, tensor: Tensor, outer: str) -> Features:
     extents = {chunk: ceil_div(limit, size), inside: size}
     steps = {chunk: size, inside: 1}
     inner = inside if outer == chunk else chunk
+    if limit * tensor.stride(-1) >= 1 << 31:  # a row's features are counted in 32 bits
+        tensor = tensor.contiguous()
     entry, token, feature = tensor.stride()
     return Features(tensor, entry, token, feature, extents[outer], extents[inner], steps[outer], steps[inner], limit)
 
@@ -72,7 +81,7 @@ class Launch(NamedTuple):
     """
 
     kernel: Any
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     arguments: tuple
     keywords: dict[str, Any]
     name: str
@@ -114,7 +123,7 @@ def prepare(
     u, f = _features(call, roles.u, factors[roles.u], roles.s), factor(roles.f, roles.o, roles.d)
     keywords: dict[str, Any] = {
         "ACTIVATION": call.activation,
-        "PRECISION": "tf32" if call.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if call.dtype == torch.float32 and tf32_allowed() else "ieee",
         "SPLITS": tile.splits,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -135,6 +144,6 @@ def prepare(
             w = factor(out, roles.s, roles.n)
             planes = tiles_s * tiles_n * (tile.splits if order == "generate" else 1)
             contexts = result.new_empty(planes, call.contexts, call.width, dtype=torch.float32)
-        grid = ((call.contexts if sizes.by_context else 1) * tile.splits, tiles_s * tiles_k, tiles_n)
+        grid = ((call.contexts if sizes.by_context else 1) * tile.splits * tiles_s * tiles_k, tiles_n)
         arguments = (u, f, v, w, target, contexts, batch, sums.stride(0))
     return Launch(KERNELS[sizes.kernel], grid, arguments, keywords, name, result, sums, contexts)

@@ -109,7 +109,7 @@ def rows_of(batch, tile, g, BT: tl.constexpr):
     else:
         begin = tl.load(batch.starts + g) + (tile - tl.load(batch.first_tile + g)) * BT
         end = tl.load(batch.starts + g + 1)
-    row = begin + tl.arange(0, BT)
+    row = begin + tl.arange(0, BT).to(tl.int64)
     there = row < end
     entry = row // batch.tokens
     if batch.starts is not None:
@@ -138,7 +138,8 @@ def factor_tile(factor, outer, k, inner):
     """Offsets `[outer, k, inner]` within a context, and which of them there are."""
     outer, k, inner = outer[:, None, None], k[None, :, None], inner[None, None, :]
     mask = (outer < factor.size_outer) & (k < factor.width) & (inner < factor.size_inner)
-    offset = outer.to(tl.int64) * factor.stride_outer + k * factor.stride_k + inner.to(tl.int64) * factor.stride_inner
+    offset = outer.to(tl.int64) * factor.stride_outer + k.to(tl.int64) * factor.stride_k
+    offset = offset + inner.to(tl.int64) * factor.stride_inner
     return offset, mask
 
 
@@ -147,7 +148,7 @@ def pre_activation(factor, g, outer, k, inner):
     """`chunks + context`, in fp32, of an additive hidden."""
     offset, mask = factor_tile(factor, outer, k, inner)
     chunks = tl.load(factor.pointer + offset, mask=mask, other=0).to(tl.float32)
-    at = factor.context + g * factor.context_stride + k * factor.context_stride_k
+    at = factor.context + tl.cast(g, tl.int64) * factor.context_stride + k * factor.context_stride_k
     context = tl.load(at, mask=k < factor.width, other=0).to(tl.float32)
     return chunks + context[None, :, None], mask
 
@@ -158,7 +159,7 @@ def load_factor(factor, g, outer, k, inner, ACTIVATION: tl.constexpr):
     but what it is multiplied by is."""
     if factor.context is None:
         offset, mask = factor_tile(factor, outer, k, inner)
-        return tl.load(factor.pointer + g * factor.stride_context + offset, mask=mask, other=0)
+        return tl.load(factor.pointer + tl.cast(g, tl.int64) * factor.stride_context + offset, mask=mask, other=0)
     else:
         pre, _ = pre_activation(factor, g, outer, k, inner)
         return rounded(activate(pre, ACTIVATION), factor.pointer.dtype.element_ty)

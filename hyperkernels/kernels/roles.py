@@ -47,6 +47,8 @@ def sizes_of(call: Call, order: str, out: str) -> Sizes:
     runs = "".join(letters[side_by_side[slot]] for slot in (roles.u, roles.f, roles.w, roles.v))
     additive = out == "hidden" and bool(call.activation)
     by_context = out == "hidden" and not additive and call.contexts > 1
-    planes = workspace_bytes() // (4 * max(prod(call.shape("chunks" if additive else out)), 1))
+    room = workspace_bytes() // 4
+    planes = room // max(prod(call.shape("chunks" if additive else out)), 1)
+    context_planes = room // max(call.contexts * call.width, 1)
     extents = (sizes["g"], max(sizes["t"], 1), S, M, O, N, D)
-    return Sizes(kernel, *extents, call.dtype.itemsize, runs, planes, by_context, additive)
+    return Sizes(kernel, *extents, call.dtype.itemsize, runs, planes, context_planes, by_context, additive)

@@ -45,8 +45,9 @@ def chip_of(capability: tuple[int, int]) -> Chip:
 class Sizes(NamedTuple):
     """One contraction in the letters of `chain`: the kernel that does it, the contexts that have rows, the rows of
     each, and the extents of s, k, o, n and d. `runs` has for each of u, f, w and v the letter whose numbers lie side by
-    side. `planes`: how many partial results the workspace has room for. `by_context`: w comes out, one for each
-    context; `additive`: it is an additive hidden."""
+    side. `planes` and `context_planes`: how many partial results the workspace has room for, and how many of what an
+    additive hidden's contexts get. `by_context`: w comes out, one for each context; `additive`: it is an additive
+    hidden."""
 
     kernel: str
     contexts: int
@@ -59,6 +60,7 @@ class Sizes(NamedTuple):
     itemsize: int
     runs: str
     planes: int
+    context_planes: int
     by_context: bool = False
     additive: bool = False
 
@@ -203,11 +205,19 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[tuple[Tile, Work]]:
 def tile_for(sizes: Sizes, chip: Chip) -> tuple[Tile, float]:
     """The tile, with as many programs to a sum as it takes to give every multiprocessor one; and the time that the
     model expects, in us."""
-    best, best_us = None, inf
+    best, least = None, (inf, inf)
     for tile, work in _fitting(sizes, chip):
         for splits in {1, max(1, min(work.splits, sizes.planes, chip.multiprocessors // work.programs))}:
             time_us = _time_us(work, sizes.itemsize, splits, chip)
-            if time_us < best_us:
-                best, best_us = replace(tile, splits=splits), time_us
+            # what the contexts' sums take beyond the workspace comes before time
+            cost = (max(context_planes(sizes, tile, splits) - sizes.context_planes, 0), time_us)
+            if cost < least:
+                best, least = replace(tile, splits=splits), cost
     assert best is not None, sizes
-    return best, best_us
+    return best, least[1]
+
+
+def context_planes(sizes: Sizes, tile: Tile, splits: int) -> int:
+    """How many sums by the contexts of an additive hidden are kept apart."""
+    planes = ceil_div(sizes.S, tile.BS) * ceil_div(sizes.N, tile.BN) if sizes.additive else 0
+    return planes * (splits if sizes.kernel == "generate_sums" else 1)
