@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from roofline import roofline
 
+from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import ORDERS, OUTPUT, Call
 from hyperkernels.chunking import Grid
 from hyperkernels.kernels.roles import sizes_of
@@ -29,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hyperkernels.kernels.launch import Contexts, Launch, prepare
+from hyperkernels.kernels.launch import Launch, prepare
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TENSOR_CORES = {(8, 0): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA"}
@@ -84,7 +85,7 @@ def launch_of(call: Call, order: str, out: str, chip: Chip) -> Launch:
     names = ("x", "y", "hidden", "head", *(["chunks"] if call.activation else []))
     factors = {name: torch.empty(call.shape(name), dtype=call.dtype, device="meta") for name in names}
     ids = torch.empty(call.entries, dtype=torch.int64, device="meta")
-    return prepare(call, order, out, factors, Contexts.of(call, ids) if call.mapped else None, chip)
+    return prepare(call, order, out, factors, Mapped.of(ids, call.contexts) if call.mapped else None, chip)
 
 
 def sass(cubin: bytes) -> tuple[int, int, list[str]]:

@@ -56,6 +56,9 @@ def _contract(wanted, sizes, activation, order, backend, context_ids, *factors) 
     name, steps = plan_call(call, tuple(wanted), order or None, backend or None)
     run = BACKENDS[name].contract
     assert run is not None
+    if not (call.width and call.contexts and call.entries and call.tokens):  # nothing to sum
+        like = next(factor for factor in factors if factor is not None)
+        return [like.new_zeros(call.shape(name)) for name in result_names(wanted, activation)]
     given = {name: factor for name, factor in zip(FACTORS, factors) if factor is not None}
     return list(run(call, steps, given, context_ids))
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import SLOTS, Call, result_names
 from hyperkernels.chunking import ceil_div
 from hyperkernels.hidden import ACTIVATIONS
@@ -62,15 +63,12 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     """The partials of phi by `plan.wanted`, in that order; with an activation the hidden one is (dcontext, dchunks)."""
     names = result_names(plan.wanted, call.activation)
     like = next(iter(factors.values()))
-    if not (call.width and call.contexts and call.entries and call.tokens):  # nothing to sum
-        return [torch.zeros(call.shape(name), dtype=call.dtype, device=like.device) for name in names]
     results = {name: torch.empty(call.shape(name), dtype=call.dtype, device=like.device) for name in names}
     entries = starts = None
     balanced = True
     if context_ids is not None:
-        counts = torch.bincount(context_ids, minlength=call.contexts) * call.tokens
-        entries = torch.argsort(context_ids, stable=True)
-        starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        counts, starts, entries = Mapped.of(context_ids, call.contexts)
+        starts = starts * call.tokens
         balanced = bool(counts.max() * 2 * torch.get_num_threads() <= counts.sum())
     if call.activation:
         factors = {n: v.contiguous() if n in ("hidden", "chunks") else v for n, v in factors.items()}

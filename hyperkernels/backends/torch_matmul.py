@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hyperkernels.backends.mapped import Mapped
 from hyperkernels.backends.torch_blocks import block_sizes, split_labels
 from hyperkernels.call import PAIRS, Call, result_names, slot_of
 from hyperkernels.chunking import to_chunks
@@ -49,15 +50,12 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
 
 def _groups(call: Call, context_ids: Tensor | None) -> Iterator[Group]:
     if context_ids is None:
-        if call.entries and call.tokens:
-            yield Group(None, None, call)
+        yield Group(None, None, call)
         return
-    counts = torch.bincount(context_ids, minlength=call.contexts)
-    starts = counts.cumsum(0) - counts
-    entries = torch.argsort(context_ids, stable=True)
+    counts, starts, entries = Mapped.of(context_ids, call.contexts)
     tokens = torch.arange(call.tokens, device=entries.device)
     for count in counts.unique().tolist():
-        if count and call.tokens:
+        if count:
             contexts = (counts == count).nonzero().squeeze(1)
             members = entries[starts[contexts, None] + torch.arange(count, device=entries.device)]
             rows = (members[..., None] * call.tokens + tokens).flatten(1)
@@ -109,7 +107,7 @@ class _Run:
     def _is_written_once(self, slot: str) -> bool:
         """Whether each element is the business of exactly one block, so that nothing need be zero to begin with."""
         call = self.call
-        if not (call.entries and call.tokens) or (slot in ("hidden", "head") and (call.mapped or self.activation)):
+        if slot in ("hidden", "head") and (call.mapped or self.activation):
             return False
         order = self.plan.order_of(slot)
         # each group of contexts has blocks of its own, where they are mapped

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call, result_names
 from hyperkernels.kernels.roles import sizes_of
 from hyperkernels.kernels.tiles import Chip, chip_of, context_planes, tile_for
@@ -64,11 +65,8 @@ def _device_chip(index: int) -> Chip:
 def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Tensor | None) -> list[Tensor]:
     """The partials of phi by `plan.wanted`, in that order; with an activation the hidden one is (dcontext, dchunks)."""
     names = result_names(plan.wanted, call.activation)
-    if not (call.width and call.contexts and call.entries and call.tokens):  # nothing to sum
-        like = next(iter(factors.values()))
-        return [like.new_zeros(call.shape(name)) for name in names]
     launch: Any = import_module("hyperkernels.kernels.launch")
-    mapped = None if context_ids is None else launch.Contexts.of(call, context_ids)
+    mapped = None if context_ids is None else Mapped.of(context_ids, call.contexts)
     found: dict[str, Tensor] = {}
     with torch.cuda.device_of(next(iter(factors.values()))):  # where triton launches
         for step in plan.steps:

@@ -29,13 +29,13 @@ import triton.language as tl
 from hyperkernels.kernels.operands import (
     context_of,
     dot,
-    factor_tile,
-    feature_tile,
     load_factor,
     load_features,
     pull_back,
     rounded,
     rows_of,
+    store_factor,
+    store_features,
     tiles_of,
 )
 
@@ -85,9 +85,8 @@ def contract_rows(u, f, w, v, batch, partial_stride,
         b_t = tl.reshape(tl.permute(b_t, (0, 2, 1, 3)), [BT * BO, BS * BK])
         b_w = tl.reshape(load_factor(w, g, s, k, n, ACTIVATION), [BS * BK, BN])
         b_v = dot(b_t, b_w, b_v, PRECISION)
-    offset, mask = feature_tile(v, entry, token, there, o, n)
-    p_v = v.pointer + split.to(tl.int64) * partial_stride + offset
-    tl.store(p_v, rounded(tl.reshape(b_v, [BT, BO, BN]), v.pointer.dtype.element_ty), mask=mask)
+    b_v = tl.reshape(b_v, [BT, BO, BN])
+    store_features(v, entry, token, there, o, n, b_v, v.pointer + split.to(tl.int64) * partial_stride)
 
 
 @triton.jit
@@ -138,6 +137,4 @@ def contract_sums(u, f, v, w, sums, context_sums, batch, partial_stride,
             b_w = tl.zeros([BS * BK, BN], tl.float32)
     if w.context is None:
         b_chunks = tl.reshape(b_w, [BS, BK, BN])
-    offset, mask = factor_tile(sums, s, k, n)
-    p_w = sums.pointer + split.to(tl.int64) * partial_stride + own.to(tl.int64) * sums.stride_context + offset
-    tl.store(p_w, rounded(b_chunks, sums.pointer.dtype.element_ty), mask=mask)
+    store_factor(sums, own, s, k, n, b_chunks, sums.pointer + split.to(tl.int64) * partial_stride)

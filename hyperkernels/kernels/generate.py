@@ -19,13 +19,13 @@ import triton.language as tl
 from hyperkernels.kernels.operands import (
     context_of,
     dot,
-    factor_tile,
-    feature_tile,
     load_factor,
     load_features,
     pull_back,
     rounded,
     rows_of,
+    store_factor,
+    store_features,
     tiles_of,
 )
 
@@ -55,10 +55,8 @@ def generate_rows(u, f, w, v, batch, partial_stride,
         b_W = tl.trans(rounded(tl.reshape(b_W, [BN * BO, BD]), u.pointer.dtype.element_ty))
         b_u = tl.reshape(load_features(u, entry, token, there, s, d), [BT, BD])
         b_v = dot(b_u, b_W, b_v, PRECISION)
-    offset, mask = feature_tile(v, entry, token, there, o, n)
     b_v = tl.permute(tl.reshape(b_v, [BT, BN, BO]), (0, 2, 1))
-    p_v = v.pointer + split.to(tl.int64) * partial_stride + offset
-    tl.store(p_v, rounded(b_v, v.pointer.dtype.element_ty), mask=mask)
+    store_features(v, entry, token, there, o, n, b_v, v.pointer + split.to(tl.int64) * partial_stride)
 
 
 @triton.jit
@@ -106,6 +104,4 @@ def generate_sums(u, f, v, w, sums, context_sums, batch, partial_stride,
             b_w = tl.zeros([BN, BK], tl.float32)
     if w.context is None:
         b_chunks = tl.reshape(tl.trans(b_w), [1, BK, BN])
-    offset, mask = factor_tile(sums, s, k, n)
-    p_w = sums.pointer + split.to(tl.int64) * partial_stride + own.to(tl.int64) * sums.stride_context + offset
-    tl.store(p_w, rounded(b_chunks, sums.pointer.dtype.element_ty), mask=mask)
+    store_factor(sums, own, s, k, n, b_chunks, sums.pointer + split.to(tl.int64) * partial_stride)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call
 from hyperkernels.chunking import ceil_div
 from hyperkernels.kernels.chain import contract_rows, contract_sums
@@ -25,30 +26,16 @@ def tf32_allowed() -> bool:
     return bool(matmul.allow_tf32)
 
 
-class Contexts(NamedTuple):
-    """Mapped contexts: whose rows lie where. Made on the device, without waiting for it."""
-
-    counts: Tensor
-    starts: Tensor
-    entries: Tensor
-
-    @classmethod
-    def of(cls, call: Call, ids: Tensor) -> Contexts:
-        counts = ids.new_zeros(call.contexts).scatter_add_(0, ids, torch.ones_like(ids)) * call.tokens
-        starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        return cls(counts, starts, torch.argsort(ids, stable=True))
-
-
-def batch_of(call: Call, mapped: Contexts | None, BT: int) -> tuple[Batch, int]:
+def batch_of(call: Call, mapped: Mapped | None, BT: int) -> tuple[Batch, int]:
     """How the rows are addressed, and in how many tiles at most."""
     if mapped is None:
         rows = call.entries * call.tokens // call.contexts
         return Batch(call.contexts, rows, call.tokens), call.contexts * ceil_div(rows, BT)
     tiles = ceil_div(call.entries * call.tokens, BT) + min(call.contexts, call.entries)
-    ends = (-(-mapped.counts // BT)).cumsum(0)
+    ends = (-(-mapped.counts * call.tokens // BT)).cumsum(0)
     first = torch.cat((ends.new_zeros(1), ends))
     of_tile = torch.searchsorted(ends, torch.arange(tiles, device=ends.device), right=True)
-    return Batch(call.contexts, 0, call.tokens, mapped.starts, mapped.entries, of_tile, first), tiles
+    return Batch(call.contexts, 0, call.tokens, mapped.starts * call.tokens, mapped.entries, of_tile, first), tiles
 
 
 def _features(call: Call, slot: str, tensor: Tensor, outer: str) -> Features:
@@ -99,9 +86,7 @@ class Launch(NamedTuple):
         return found
 
 
-def prepare(
-    call: Call, order: str, out: str, factors: dict[str, Tensor], mapped: Contexts | None, chip: Chip
-) -> Launch:
+def prepare(call: Call, order: str, out: str, factors: dict[str, Tensor], mapped: Mapped | None, chip: Chip) -> Launch:
     """What computes the partial of phi by the slot `out`."""
     roles, sizes = roles_of(call, order, out), sizes_of(call, order, out)
     tile, _ = tile_for(sizes, chip)

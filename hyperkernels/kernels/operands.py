@@ -134,6 +134,12 @@ def load_features(tensor, entry, token, there, outer, inner):
 
 
 @triton.jit
+def store_features(tensor, entry, token, there, outer, inner, value, p_plane):
+    offset, mask = feature_tile(tensor, entry, token, there, outer, inner)
+    tl.store(p_plane + offset, rounded(value, tensor.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def factor_tile(factor, outer, k, inner):
     """Offsets `[outer, k, inner]` within a context, and which of them there are."""
     outer, k, inner = outer[:, None, None], k[None, :, None], inner[None, None, :]
@@ -163,6 +169,13 @@ def load_factor(factor, g, outer, k, inner, ACTIVATION: tl.constexpr):
     else:
         pre, _ = pre_activation(factor, g, outer, k, inner)
         return rounded(activate(pre, ACTIVATION), factor.pointer.dtype.element_ty)
+
+
+@triton.jit
+def store_factor(factor, g, outer, k, inner, value, p_plane):
+    offset, mask = factor_tile(factor, outer, k, inner)
+    p_factor = p_plane + tl.cast(g, tl.int64) * factor.stride_context + offset
+    tl.store(p_factor, rounded(value, factor.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -11,13 +11,12 @@ from hyperkernels.planner import workspace_bytes
 
 
 class Roles(NamedTuple):
-    """Slots u, f, w and v, `out` the one of w and v that comes out; labels s, o, n and d (k is k)."""
+    """Slots u, f, w and v, of which w or v comes out; labels s, o, n and d (k is k)."""
 
     u: str
     f: str
     w: str
     v: str
-    out: str
     s: str
     o: str
     n: str
@@ -35,7 +34,7 @@ def roles_of(call: Call, order: str, out: str) -> Roles:
         return set(call.labels[slot]) - set("gtk")
 
     (d,), (s,), (o,), (n,) = own(u) & own(f), own(u) - own(f), own(f) - own(u), own(w) - own(u)
-    return Roles(u, f, w, v, out, s, o, n, d)
+    return Roles(u, f, w, v, s, o, n, d)
 
 
 def sizes_of(call: Call, order: str, out: str) -> Sizes:
