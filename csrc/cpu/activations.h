@@ -32,8 +32,19 @@ struct Unit<float> {
     static constexpr int count = floats;
 };
 
+typedef int64_t Longs __attribute__((vector_size(HK_VECTOR_BYTES)));
+using Wide = Plain<double>::Vector;  // relu alone takes whole vectors of fp64, within a product
+
+inline Wide where(Longs condition, Wide a, Wide b) { return condition ? a : b; }
 inline Floats where(Ints condition, Floats a, Floats b) { return condition ? a : b; }
 inline double where(bool condition, double a, double b) { return condition ? a : b; }
+template <class T>
+inline T not_negative(T x) { return where(x < 0.0f, T{}, x); }  // NaN stays NaN
+#if defined(__AVX512F__)  // one instruction, which gcc does not make of the above
+inline Floats not_negative(Floats x) { return _mm512_max_ps(Floats{}, x); }
+#elif defined(__AVX2__)
+inline Floats not_negative(Floats x) { return _mm256_max_ps(Floats{}, x); }
+#endif
 inline Floats all(float x) { return Floats{} + x; }
 
 template <class T>
@@ -139,7 +150,7 @@ struct Identity {
 };
 struct Relu {
     template <class T>
-    static T value(T x) { return where(x < 0.0f, T{}, x); }  // NaN stays NaN
+    static T value(T x) { return not_negative(x); }
     template <class T>
     static T slope(T x) { return where(x > 0.0f, T{} + 1.0f, T{}); }
 };

@@ -19,8 +19,8 @@ Dense::Dense(const float* weight, int64_t outputs, int64_t inputs, const Instruc
     for (int64_t n = 0; n < outputs; n += block_outputs) {
         int64_t some = std::min(block_outputs, outputs - n);
         blocks_.emplace_back(packed_bytes(kernels_, some, inputs, true) + cache_line);
-        pack(kernels_, weight + n * inputs, Storage::f32, {some, own.data(), own.data()},
-             {inputs, deep.data(), deep.data()}, 0, true, aligned(blocks_.back()));
+        pack(kernels_, weight + n * inputs, Storage::f32, {kernels_, some, true}, {some, own.data(), own.data()},
+             {inputs, deep.data(), deep.data()}, 0, aligned(blocks_.back()));
     }
 }
 
@@ -37,13 +37,13 @@ void Dense::run(const float* x, int64_t rows, float* y, int threads) const {
         for (int64_t item = 0; item < items; ++item) {
             int64_t row = item / outputs * block_rows, n = item % outputs * block_outputs;
             int64_t some = std::min(block_rows, rows - row);
+            Cut row_cut(kernels_, some, false), lane_cut(kernels_, std::min(block_outputs, outputs_ - n), true);
             if (packed != row)
-                pack(kernels_, x + row * inputs_, Storage::f32, {some, own.data(), own.data()},
-                     {inputs_, deep.data(), deep.data()}, 0, false, aligned(panels));
+                pack(kernels_, x + row * inputs_, Storage::f32, row_cut, {some, own.data(), own.data()},
+                     {inputs_, deep.data(), deep.data()}, 0, aligned(panels));
             packed = row;
-            multiply(kernels_, aligned(panels), some, aligned(blocks_[item % outputs]),
-                     std::min(block_outputs, outputs_ - n), inputs_, reinterpret_cast<char*>(y + row * outputs_ + n),
-                     out.data(), lanes.data(), false, aligned(spill));
+            multiply(kernels_, {aligned(panels), row_cut}, {aligned(blocks_[item % outputs]), lane_cut}, inputs_,
+                     reinterpret_cast<char*>(y + row * outputs_ + n), out.data(), lanes.data(), false, aligned(spill));
         }
     }
 }

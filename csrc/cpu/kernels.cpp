@@ -15,27 +15,33 @@
 namespace hk {
 namespace {
 
-template <class Kind, int rows, int vectors>
-void tile(int64_t depth, const void* rows_, const void* lanes_, void* out_, const int64_t* row_offset,
+struct AsTheyAre {};  // the vectors, in place of an activation
+
+template <class Kind, class F, int rows, int vectors>
+void tile(int64_t depth, const Strip& row_strip, const Strip& lane_strip, void* out_, const int64_t* row_offset,
           const int64_t* vector_offset, bool accumulate) {
     using Sum = typename Kind::Sum;
     using Sums = typename Plain<Sum>::Vector;
-    constexpr int lanes = HK_VECTOR_BYTES / sizeof(Sum);
-    auto a = static_cast<const typename Kind::Packed*>(rows_);
-    auto b = static_cast<const typename Kind::Packed*>(lanes_);
+    auto a = static_cast<const typename Kind::Packed*>(row_strip.data);
+    auto b = static_cast<const typename Kind::Packed*>(lane_strip.data);
+    auto context = static_cast<const Sum*>(lane_strip.context);
+    int64_t row_pitch = row_strip.pitch, lane_pitch = lane_strip.pitch, apart = lane_strip.apart;
     Sums sum[rows][vectors] = {};
-    for (int64_t d = 0; d < depth; ++d, a += rows, b += vectors * lanes) {
+    for (int64_t d = 0; d < depth; ++d, a += row_pitch, b += lane_pitch) {
         typename Kind::Vector across[vectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) across[v] = *(const typename Kind::Unaligned*)(b + v * lanes);
-#pragma GCC unroll 14
+        for (int v = 0; v < vectors; ++v) {
+            across[v] = *(const typename Kind::Unaligned*)(b + v * apart);
+            if constexpr (!same<F, AsTheyAre>) across[v] = F::value(across[v] + context[d]);
+        }
+#pragma GCC unroll 28
         for (int w = 0; w < rows; ++w) {
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; ++v) sum[w][v] = Kind::multiply(a[w], across[v], sum[w][v]);
         }
     }
     auto out = static_cast<Sum*>(out_);
-#pragma GCC unroll 14
+#pragma GCC unroll 28
     for (int w = 0; w < rows; ++w) {
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) {
@@ -148,9 +154,16 @@ double spin(int64_t n) {
 
 template <class Kind, int rows>
 void tiles(Kernels& kernels) {
-    kernels.tile[rows - 1][0] = tile<Kind, rows, 1>;
-    kernels.tile[rows - 1][1] = tile<Kind, rows, 2>;
+    kernels.tile[rows - 1][0] = tile<Kind, AsTheyAre, rows, 1>;
+    kernels.tile[rows - 1][1] = tile<Kind, AsTheyAre, rows, 2>;
     if constexpr (rows > 1) tiles<Kind, rows - 1>(kernels);
+}
+
+template <class Kind, int rows>
+void tall_tiles(Kernels& kernels) {
+    kernels.tall[static_cast<int>(Activation::identity)][rows - 1] = tile<Kind, Identity, rows, 1>;
+    kernels.tall[static_cast<int>(Activation::relu)][rows - 1] = tile<Kind, Relu, rows, 1>;
+    if constexpr (rows > 1) tall_tiles<Kind, rows - 1>(kernels);
 }
 
 template <class Kind>
@@ -164,6 +177,7 @@ Kernels table() {
     kernels.packed_bytes = sizeof(typename Kind::Packed);
     kernels.sum_bytes = sizeof(Sum);
     tiles<Kind, HK_TILE_ROWS>(kernels);
+    if constexpr (Kind::depth == 1) tall_tiles<Kind, HK_TILE_ROWS * max_vectors>(kernels);
     kernels.form = form<Kind>;
     kernels.add[0] = add<Sum>;
     kernels.add[1] = add<double>;

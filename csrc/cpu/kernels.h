@@ -23,15 +23,29 @@ struct Side {
     const int64_t *offset, *feature;
 };
 
+// A tile's part of an operand: depth d's rows lie side by side from `data[d * pitch]`; its vectors too, the second
+// `apart` from the first. With `context`, one number per depth, what lies there is the chunks' part.
+struct Strip {
+    const void* data;
+    int64_t pitch, apart;
+    const void* context;
+};
+
+// Sums of rows and vectors that stay in registers, until out[row_offset[w] + vector_offset[v] ...] (+)=
+// sum_d rows[d, w] * lanes[d, v ...].
+using Tile = void (*)(int64_t depth, const Strip& rows, const Strip& lanes, void* out, const int64_t* row_offset,
+                      const int64_t* vector_offset, bool accumulate);
+
 struct Kernels {
     int64_t rows, vectors, lanes;  // the largest tile, and the numbers in a vector
     int64_t depth;                 // numbers that a packed element holds along the depth: 1, or 2 for pairs of bf16
     int64_t packed_bytes;          // of a packed element
     int64_t sum_bytes;             // of a sum: an element of an intermediate or of a result
 
-    // out[row_offset[w] + vector_offset[v] ...] (+)= sum_d rows[d, w] * lanes[d, v ...], for [rows - 1][vectors - 1]
-    void (*tile[max_rows][max_vectors])(int64_t depth, const void* rows, const void* lanes, void* out,
-                                        const int64_t* row_offset, const int64_t* vector_offset, bool accumulate);
+    Tile tile[max_rows][max_vectors];  // by rows - 1 and vectors - 1
+    // One vector wide and as many sums high, so that all rows share what is formed: its vectors are those of an additive
+    // hidden layer, formed on the way. By activation (identity, relu) and rows - 1.
+    Tile tall[2][max_rows * max_vectors];
     // A panel [deep.n, padded] of numbers base[own + deep], zero beyond own.n and, with a limit, past the row's end.
     void (*pack[3])(const void* base, Side own, Side deep, int64_t limit, int64_t padded, void* panel);
     // A panel of activation(chunks[d, l] + deep[d]) from a panel of sums, or with no deep of (chunks[d, l] + own[l]).

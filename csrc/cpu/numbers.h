@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if HK_PAIRS
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 

@@ -5,16 +5,18 @@
 
 namespace hk {
 
-Layout contiguous(Labels labels, const Ranges& ranges, char* base) {
+Layout contiguous(Labels labels, const Ranges& ranges, char* base, int last) {
     Layout layout;
     layout.base = base;
     int64_t stride = 1;
-    for (int l = label_count; l-- > 0;) {
-        if (!has(labels, l)) continue;
+    auto add = [&](int l) {
         layout.stride[l] = stride;
         layout.origin[l] = ranges[l].begin;
         stride *= ranges[l].size();
-    }
+    };
+    if (last < label_count) add(last);
+    for (int l = label_count; l-- > 0;)
+        if (has(labels, l) && l != last) add(l);
     return layout;
 }
 
@@ -51,15 +53,31 @@ Layout Worker::layout(int slot, const Tensor& tensor, bool chunks) const {
     return layout;
 }
 
+int64_t count(Labels labels, const Ranges& ranges) {
+    int64_t n = 1;
+    for (int l = 0; l < label_count; ++l)
+        if (has(labels, l)) n *= ranges[l].size();
+    return n;
+}
+
+// The constant distance between neighbours among the labels' combinations, or 0 where there is none.
+int64_t pitch(const Layout& layout, Labels labels, const Ranges& ranges) {
+    int64_t pitch = 0, next = 0;
+    for (int l = label_count; l-- > 0;) {
+        if (!has(labels, l)) continue;
+        if (pitch && layout.stride[l] != next) return 0;
+        if (!pitch) pitch = layout.stride[l];
+        next = layout.stride[l] * ranges[l].size();
+    }
+    return pitch;
+}
+
 // The offsets of every combination of the labels' indices, the last label's fastest.
 void Worker::enumerate(const Layout& layout, Labels labels, const Ranges& ranges, Offsets& offsets) const {
     auto& offset = offsets.offset;
     auto& feature = offsets.feature;
-    size_t count = 1;
-    for (int l = 0; l < label_count; ++l)
-        if (has(labels, l)) count *= ranges[l].size();
-    offset.resize(count);
-    feature.resize(count);
+    offset.resize(count(labels, ranges));
+    feature.resize(offset.size());
     offset[0] = feature[0] = 0;
     size_t filled = 1;
     for (int l = 0; l < label_count; ++l) {
@@ -98,25 +116,32 @@ void Worker::pack_panels(const Product& product, int side, const Ranges& ranges,
     int64_t limit = layout.limit ? layout.limit - own_.feature[0] : 0;
     enumerate(layout, product.own[side], ranges, own_);
     enumerate(layout, product.deep, ranges, deep_);
+    Cut cut(k, own_.side().n, product.lanes == side, product.tall);
     if (limit && own_.feature.back() + deep_.feature.back() < limit) limit = 0;  // the block has no crop
-    pack(k, layout.base + start * itemsize, storage, own_.side(), deep_.side(), limit, product.lanes == side, to);
+    pack(k, layout.base + start * itemsize, storage, cut, own_.side(), deep_.side(), limit, to);
+}
+
+// The context's part of the additive hidden layer, as sums: over again for each of the other labels, which are outside k.
+const char* Worker::context_line(Labels along, const Ranges& ranges, int64_t context, int64_t padded) {
+    const Layout& layout = factors_[HIDDEN];
+    int64_t zero = 0, length = ranges[K].size(), filled = count(along, ranges), sum = kernels().sum_bytes;
+    enumerate(layout, set(K), ranges, own_);
+    step_.plain_->pack[static_cast<int>(shape().storage)](
+        layout.base + context * layout.lead[0] * bytes_of(shape().storage), own_.side(), {1, &zero, &zero}, 0, length,
+        line_);
+    for (int64_t n = length; n < filled; n += length) memcpy(line_ + n * sum, line_, length * sum);
+    memset(line_ + filled * sum, 0, (padded - filled) * sum);
+    return line_;
 }
 
 void Worker::form_panels(const Product& product, int side, const Ranges& ranges, int64_t context, const char* chunks,
                          char* to) {
-    const Kernels& plain = *step_.plain_;
-    const Layout& layout = factors_[HIDDEN];
-    int64_t itemsize = bytes_of(shape().storage);
-    auto run = plain.pack[static_cast<int>(shape().storage)];
-    // The context's part varies along the label k, which lies on one side of the product.
-    bool by_own = has(product.own[side], K), lanes = product.lanes == side;
-    enumerate(layout, product.own[side], ranges, own_);
-    enumerate(layout, product.deep, ranges, deep_);
-    Side one = (by_own ? own_ : deep_).side();
-    int64_t padded = by_own ? Cut(plain, one.n, lanes).padded() : one.n, zero = 0;
-    run(layout.base + context * layout.lead[0] * itemsize, one, {1, &zero, &zero}, 0, padded, line_);
-    form(kernels(), plain, shape().activation, chunks, by_own ? nullptr : line_, by_own ? line_ : nullptr,
-         own_.side().n, deep_.side().n, lanes, to);
+    Cut cut(*step_.plain_, count(product.own[side], ranges), product.lanes == side);
+    bool by_own = has(product.own[side], K);  // on which side of the product k is
+    int64_t depth = count(product.deep, ranges), padded = by_own ? cut.padded() : depth;
+    const char* line = context_line(by_own ? product.own[side] : product.deep, ranges, context, padded);
+    form(kernels(), *step_.plain_, shape().activation, chunks, by_own ? nullptr : line, by_own ? line : nullptr, cut,
+         depth, to);
 }
 
 void Worker::make_panels(const Product& product, int side, const Ranges& ranges, int64_t context, char* to) {
@@ -147,8 +172,9 @@ const char* Worker::panels(const Product& product, int side, const Ranges& range
     if (product.prepared[side])
         ready = workspace_ + product.prepared_at[side] +
                 step_.prepared_index(product, side, ranges) * step_.prepared_bytes(product, side);
-    if (ready && !step_.is_chunks(slot)) return ready;
-    Kept want{ranges, slot == HIDDEN ? context : 0};
+    bool chunks = step_.is_chunks(slot), completed = !product.tall;  // here by each context; else tiles do that
+    if (ready && !(chunks && completed)) return ready;
+    Kept want{ranges, slot == HIDDEN && completed ? context : 0};
     for (int l = 0; l < label_count; ++l)
         if (!has(step_.labels(slot), l)) want.ranges[l] = {0, 0};
     Kept& kept = kept_[index][side];
@@ -156,8 +182,28 @@ const char* Worker::panels(const Product& product, int side, const Ranges& range
     if (slot != FORMED && kept.context == want.context && kept.ranges == want.ranges) return to;
     kept = want;
     if (ready) form_panels(product, side, ranges, context, ready, to);
+    else if (chunks && !completed) pack_panels(product, side, ranges, 0, true, to);
     else make_panels(product, side, ranges, context, to);
     return to;
+}
+
+Operand Worker::operand(const Product& product, int side, const Ranges& ranges, int64_t context) {
+    Operand operand{nullptr, {kernels(), count(product.own[side], ranges), product.lanes == side, product.tall}};
+    operand.pitch = product.slots[side] == FORMED && kernels().depth == 1 ? pitch(formed_, product.deep, ranges) : 0;
+    if (operand.pitch) {
+        enumerate(formed_, product.batch, ranges, placed_);
+        operand.data = formed_.base + placed_.offset[0] * kernels().sum_bytes;
+        enumerate(formed_, product.own[side], ranges, placed_);
+        operand.offset = placed_.offset.data();
+        if (readable_in_place(operand.cut, operand.offset)) return operand;
+        operand.offset = nullptr;
+    }
+    operand.data = panels(product, side, ranges, context);
+    if (product.tall && product.lanes == side) {
+        operand.activation = shape().activation;
+        operand.context = context_line(product.deep, ranges, context, count(product.deep, ranges));
+    }
+    return operand;
 }
 
 }  // namespace hk

@@ -58,7 +58,7 @@ void Worker::begin_sums(const Product& product, const Ranges& ranges) {
     end_sums();
     summing_ = &product;
     summed_ = own;
-    sums_ = contiguous(labels, own, sums_base_);
+    sums_ = contiguous(labels, own, sums_base_, product.turned ? product.out == Y ? I : J : label_count);
     memset(sums_base_, 0, bytes);
 }
 
@@ -69,10 +69,18 @@ void Worker::end_sums() {
     int outer = summing_->out == Y ? I : J, inner = summing_->out == Y ? R : Q;
     int64_t size = shape().extent[inner], features = summing_->out == Y ? shape().out_features : shape().in_features;
     int64_t sum = kernels().sum_bytes, item = bytes_of(shape().storage);
-    int64_t repeats = summed_[outer].size(), run = summed_[inner].size();
+    int64_t repeats = summed_[outer].size(), run = summed_[inner].size(), numbers = repeats * run;
+    bool turned = summing_->turned;
+    if (turned) {
+        enumerate(sums_, set(Label(inner)), summed_, own_);
+        enumerate(sums_, set(Label(outer)), summed_, deep_);
+    }
+    auto turn = step_.plain_->pack[static_cast<int>(sum == 8 ? Storage::f64 : Storage::f32)];
     if (run == size) run *= std::exchange(repeats, 1);  // whole chunks lie side by side
-    const char* from = sums_base_;
-    for (int64_t row = summed_[T].begin; row < summed_[T].end; ++row) {
+    const char* sums = sums_base_;
+    for (int64_t row = summed_[T].begin; row < summed_[T].end; ++row, sums += numbers * sum) {
+        if (turned) turn(sums, own_.side(), deep_.side(), 0, own_.side().n, turned_base_);
+        const char* from = turned ? turned_base_ : sums;
         int64_t start = (rows.entry(row) * rows.tokens + row % rows.tokens) * features;
         for (int64_t o = 0; o < repeats; ++o, from += run * sum) {
             int64_t feature = (summed_[outer].begin + o) * size + summed_[inner].begin;

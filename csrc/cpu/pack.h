@@ -16,8 +16,15 @@ inline int64_t at(int64_t d, int64_t l, int64_t padded) {
     return (d / Kind::depth * padded + l) * Kind::depth + d % Kind::depth;
 }
 
-// A panel whose lanes' numbers lie side by side along the depth is the transpose of what is in memory: squares of it are
-// turned in registers, exchanging halves, quarters and so on.
+// How many of the offsets from the first lie side by side.
+inline int64_t run_of(const int64_t* offset, int64_t n) {
+    int64_t run = 1;
+    while (run < n && offset[run] == offset[0] + run) ++run;
+    return run;
+}
+
+// A panel whose lanes' numbers lie side by side along the depth, a vector of them at least, is the transpose of what is
+// in memory: squares of it are turned in registers, exchanging halves, quarters and so on.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define HK_SHUFFLE 1
@@ -50,34 +57,33 @@ inline void turn(Vector (&square)[lanes]) {
     if constexpr (2 * step < lanes) turn<2 * step>(square);
 }
 
-// Returns how much of the depth was packed. The last lanes may be written past `padded`, onto the next depths' first, which
-// are written after them: so the squares go from the last, and as much depth is left over as they may spill onto.
+// Returns how much of the depth was packed: up to where no vector of it lies side by side. The last lanes of a square may lie past `padded`: there the next depths begin,
+// which are written after them, but at the panel's end only what belongs to it is written.
 template <class T>
-int64_t pack_squares(const T* base, const int64_t* own, int64_t width, int64_t depth, int64_t padded, T* panel) {
+int64_t pack_squares(const T* base, Side own, Side deep, int64_t padded, T* panel) {
     constexpr int lanes = HK_VECTOR_BYTES / sizeof(T);
+    using Vector = typename Plain<T>::Vector;
     int64_t done = 0;
-    for (; (depth - done - lanes) * padded >= lanes - 1 && done + lanes < depth; done += lanes) {
-        for (int64_t start = (width - 1) / lanes * lanes; start >= 0; start -= lanes) {
-            typename Plain<T>::Vector square[lanes];
+    for (; done + lanes <= deep.n && run_of(deep.offset + done, lanes) == lanes; done += lanes) {
+        for (int64_t start = (own.n - 1) / lanes * lanes; start >= 0; start -= lanes) {
+            Vector square[lanes];
             for (int n = 0; n < lanes; ++n) {
-                int64_t lane = start + n < width ? start + n : width - 1;
-                square[n] = *(const typename Plain<T>::Unaligned*)(base + own[lane] + done);
+                int64_t lane = start + n < own.n ? start + n : own.n - 1;
+                square[n] = *(const typename Plain<T>::Unaligned*)(base + own.offset[lane] + deep.offset[done]);
             }
             turn<1>(square);
-            for (int n = 0; n < lanes; ++n)
-                *(typename Plain<T>::Unaligned*)(panel + (done + n) * padded + start) = square[n];
+            T* to = panel + done * padded + start;
+            int64_t there = padded - start;
+            bool spills = there < lanes && (deep.n - done - lanes) * padded < lanes - 1;
+            for (int n = 0; n < lanes; ++n, to += padded) {
+                if (spills) memcpy(to, &square[n], there * sizeof(T));
+                else *(typename Plain<T>::Unaligned*)to = square[n];
+            }
         }
     }
     return done;
 }
 #endif
-
-// How many of the offsets from the first lie side by side.
-inline int64_t run_of(const int64_t* offset, int64_t n) {
-    int64_t run = 1;
-    while (run < n && offset[run] == offset[0] + run) ++run;
-    return run;
-}
 
 // Whole vectors of `lanes` that lie side by side.
 template <class T, int lanes>
@@ -123,9 +129,7 @@ void pack(const void* base_, Side own, Side deep, int64_t limit, int64_t padded,
     }
     int64_t done = 0;
 #if HK_SHUFFLE
-    if constexpr (same<Part, Stored> && Kind::depth == 1)
-        if (run_of(deep.offset, deep.n) == deep.n)
-            done = pack_squares(base + deep.offset[0], own.offset, own.n, deep.n, padded, panel);
+    if constexpr (same<Part, Stored> && Kind::depth == 1) done = pack_squares(base, own, deep, padded, panel);
 #endif
     for (int64_t l = 0; l < own.n; ++l) {
         const Stored* from = base + own.offset[l];

@@ -2,9 +2,8 @@
 
 namespace hk {
 
-void pack(const Kernels& kernels, const void* base, Storage storage, Side own, Side deep, int64_t limit, bool lanes,
+void pack(const Kernels& kernels, const void* base, Storage storage, const Cut& cut, Side own, Side deep, int64_t limit,
           char* panels) {
-    Cut cut(kernels, own.n, lanes);
     auto run = kernels.pack[static_cast<int>(storage)];
     for (int64_t d = 0; d < deep.n; d += block_depth(kernels)) {
         int64_t depth = std::min(block_depth(kernels), deep.n - d);
@@ -18,8 +17,7 @@ void pack(const Kernels& kernels, const void* base, Storage storage, Side own, S
 }
 
 void form(const Kernels& kernels, const Kernels& plain, Activation activation, const char* chunks, const char* deep,
-          const char* own, int64_t n, int64_t depth, bool lanes, char* panels) {
-    Cut cut(kernels, n, lanes);
+          const char* own, const Cut& cut, int64_t depth, char* panels) {
     // A block of pairs spans several of plain numbers, panel by panel: the chunks' panels are walked by their own blocks.
     for (int64_t d = 0; d < depth; d += block_depth(plain)) {
         int64_t some = std::min(block_depth(plain), depth - d);
@@ -56,40 +54,60 @@ void scatter(const char* tile_, int64_t rows, int64_t lanes, int64_t stride, cha
 
 }  // namespace
 
-void multiply(const Kernels& kernels, const char* rows, int64_t M, const char* lanes, int64_t N, int64_t depth,
-              char* out, const int64_t* row_offset, const int64_t* lane_offset, bool accumulate, char* spill) {
-    Cut row_cut(kernels, M, false), lane_cut(kernels, N, true);
+Strip Operand::strip(const Kernels& kernels, const char* panel, int64_t start, int64_t width, int64_t depth) const {
+    const char* from = context ? context + depth * kernels.sum_bytes : nullptr;
+    if (!offset) return {panel, width, kernels.lanes, from};
+    int64_t apart = width > kernels.lanes ? offset[start + kernels.lanes] - offset[start] : 0;
+    return {data + (offset[start] + depth * pitch) * kernels.packed_bytes, pitch, apart, from};
+}
+
+bool readable_in_place(const Cut& cut, const int64_t* offset) {
+    if (cut.padded() != cut.n) return false;
+    for (int64_t p = 0; p < cut.count; ++p)
+        for (int64_t n = cut.start(p) + 1; n < cut.start(p + 1); ++n)
+            if (offset[n] != offset[n - 1] + 1 && (cut.unit == 1 || n % cut.unit)) return false;
+    return true;
+}
+
+void multiply(const Kernels& kernels, const Operand& rows, const Operand& lanes, int64_t depth, char* out,
+              const int64_t* row_offset, const int64_t* lane_offset, bool accumulate, char* spill) {
+    const Cut &row_cut = rows.cut, &lane_cut = lanes.cut;
     auto put = kernels.sum_bytes == 4 ? scatter<float> : scatter<double>;
+    const char *row_panels = rows.data, *lane_panel = lanes.data;
     for (int64_t d = 0; d < depth; d += block_depth(kernels)) {
         int64_t some = std::min(block_depth(kernels), depth - d), steps = ceil_div(some, kernels.depth);
         for (int64_t p = 0; p < lane_cut.count; ++p) {
             int64_t start = lane_cut.start(p), width = lane_cut.start(p + 1) - start;
-            int64_t vectors = width / kernels.lanes, there = std::min(width, N - start), vector_offset[max_vectors];
+            int64_t vectors = width / kernels.lanes, there = std::min(width, lane_cut.n - start);
+            int64_t vector_offset[max_vectors];
             bool direct = there == width;
             for (int64_t v = 0; direct && v < vectors; ++v) {
                 const int64_t* lane = lane_offset + start + v * kernels.lanes;
                 vector_offset[v] = lane[0];
                 for (int64_t l = 1; direct && l < kernels.lanes; ++l) direct = lane[l] == lane[0] + l;
             }
-            int64_t spill_row[max_rows], spill_vector[max_vectors];
-            for (int64_t w = 0; w < max_rows; ++w) spill_row[w] = w * width;
-            for (int64_t v = 0; v < max_vectors; ++v) spill_vector[v] = v * kernels.lanes;
-            const char* row_panel = rows;
+            int64_t spill_row[max_rows * max_vectors], spill_vector[max_vectors];
+            for (int64_t w = 0; !direct && w < max_rows * max_vectors; ++w) spill_row[w] = w * width;
+            for (int64_t v = 0; !direct && v < max_vectors; ++v) spill_vector[v] = v * kernels.lanes;
+            Strip lane_strip = lanes.strip(kernels, lane_panel, start, width, d);
+            const char* row_panel = row_panels;
             for (int64_t q = 0, row = 0; q < row_cut.count; ++q) {
                 int64_t height = row_cut.start(q + 1) - row;
-                auto tile = kernels.tile[height - 1][vectors - 1];
+                auto tile = lanes.context ? kernels.tall[static_cast<int>(lanes.activation)][height - 1]
+                                          : kernels.tile[height - 1][vectors - 1];
+                Strip row_strip = rows.strip(kernels, row_panel, row, height, d);
                 if (direct) {
-                    tile(steps, row_panel, lanes, out, row_offset + row, vector_offset, accumulate);
+                    tile(steps, row_strip, lane_strip, out, row_offset + row, vector_offset, accumulate);
                 } else {
-                    tile(steps, row_panel, lanes, spill, spill_row, spill_vector, false);
+                    tile(steps, row_strip, lane_strip, spill, spill_row, spill_vector, false);
                     put(spill, height, there, width, out, row_offset + row, lane_offset + start, accumulate);
                 }
                 row_panel += panel_bytes(kernels, height, some);
                 row += height;
             }
-            lanes += panel_bytes(kernels, width, some);
+            lane_panel += panel_bytes(kernels, width, some);
         }
-        rows += panel_bytes(kernels, M, some);
+        row_panels += panel_bytes(kernels, row_cut.n, some);
         accumulate = true;
     }
 }

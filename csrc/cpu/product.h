@@ -12,14 +12,15 @@ constexpr int64_t depth_block = 256;  // of a panel that stays in the nearest ca
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How one side of a product is cut: into panels of nearly equal width, of rows or of whole vectors.
+// How one side of a product is cut: into panels of nearly equal width, of rows or of whole vectors, for tall tiles or not.
 struct Cut {
     int64_t n, unit, count;
 
-    Cut(const Kernels& kernels, int64_t n, bool lanes)
+    Cut(const Kernels& kernels, int64_t n, bool lanes, bool tall = false)
         : n(n),
           unit(lanes ? kernels.lanes : 1),
-          count(ceil_div(ceil_div(n, unit), lanes ? kernels.vectors : kernels.rows)) {}
+          count(ceil_div(ceil_div(n, unit), lanes ? (tall ? 1 : kernels.vectors)
+                                                  : kernels.rows * (tall ? kernels.vectors : 1))) {}
     int64_t padded() const { return ceil_div(n, unit) * unit; }
     int64_t start(int64_t panel) const { return ceil_div(n, unit) * panel / count * unit; }
 };
@@ -36,16 +37,33 @@ inline int64_t packed_bytes(const Kernels& kernels, int64_t n, int64_t depth, bo
     return panel_bytes(kernels, Cut(kernels, n, lanes).padded(), depth);
 }
 
-void pack(const Kernels& kernels, const void* base, Storage storage, Side own, Side deep, int64_t limit, bool lanes,
+void pack(const Kernels& kernels, const void* base, Storage storage, const Cut& cut, Side own, Side deep, int64_t limit,
           char* panels);
 
 // Panels of an additive hidden layer from panels of its chunks, packed by `plain`; `deep` or else `own` are sums, the
 // context's part along that side, and the other is null.
 void form(const Kernels& kernels, const Kernels& plain, Activation activation, const char* chunks, const char* deep,
-          const char* own, int64_t n, int64_t depth, bool lanes, char* panels);
+          const char* own, const Cut& cut, int64_t depth, char* panels);
+
+// One side of a product: in panels; or with `offset`, where it lies, index n's number of depth d `offset[n] + d * pitch`
+// elements from `data`. With `context`, a sum per depth, it is the chunks' part of what tall tiles form.
+struct Operand {
+    const char* data;
+    Cut cut;
+    int64_t pitch = 0;
+    const int64_t* offset = nullptr;
+    const char* context = nullptr;
+    Activation activation = Activation::none;
+
+    // Of `width` from `start`, whose panel lies at `panel`.
+    Strip strip(const Kernels& kernels, const char* panel, int64_t start, int64_t width, int64_t depth) const;
+};
+
+// Whether the tiles can read an operand where it lies, index n's numbers from offset[n].
+bool readable_in_place(const Cut& cut, const int64_t* offset);
 
 // out[row_offset[m] + lane_offset[n]] (+)= sum_d rows[m, d] lanes[n, d]. `spill` holds one tile.
-void multiply(const Kernels& kernels, const char* rows, int64_t M, const char* lanes, int64_t N, int64_t depth,
-              char* out, const int64_t* row_offset, const int64_t* lane_offset, bool accumulate, char* spill);
+void multiply(const Kernels& kernels, const Operand& rows, const Operand& lanes, int64_t depth, char* out,
+              const int64_t* row_offset, const int64_t* lane_offset, bool accumulate, char* spill);
 
 }  // namespace hk

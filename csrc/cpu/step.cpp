@@ -21,7 +21,16 @@ Product Step::product(int left, int right, int out) const {
     product.deep = a & b & ~c;
     product.own = {a & c & ~b, b & c & ~a};
     product.lanes = cost(product, 0) <= cost(product, 1) ? 0 : 1;
+    product.turned = turned(product, product.lanes);
+    int64_t rows = extent(product, product.own[1 - product.lanes]);
+    product.tall = is_chunks(product.slots[product.lanes]) && has(product.deep, K) && kernels_ == plain_ &&
+                   shape_.activation <= Activation::relu && rows <= kernels_->rows * kernels_->vectors;
     return product;
+}
+
+// Whether with this side in vectors they are of the index of chunks of y or dx, which is not innermost there.
+bool Step::turned(const Product& product, int side) const {
+    return product.own[side] == (product.out == Y ? set(I) : product.out == X ? set(J) : 0);
 }
 
 bool Step::per_context(const Product& product) const {
@@ -54,12 +63,21 @@ double Step::cost(const Product& product, int side) const {
     int innermost = T;
     for (int l = 0; l < label_count; ++l)
         if (has(labels(product.out), l) && elements(set(Label(l))) > 1) innermost = l;
-    bool side_by_side =
-        has(product.own[side], innermost) && extent(product, set(Label(innermost))) % k.lanes == 0;
+    bool side_by_side = turned(product, side) ||
+        (has(product.own[side], innermost) && extent(product, set(Label(innermost))) % k.lanes == 0);
     // An additive hidden layer is formed anew for each context, in whole vectors where it is the lanes' side.
     bool formed = product.slots[1 - side] == HIDDEN && shape_.activation != Activation::none;
     return other * (vectors * std::ceil(depth / k.depth) * load + (side_by_side ? 2 * vectors : 2.0 * n) +
                     (formed ? depth : 0));
+}
+
+// Whether the product's tiles read this side where it was formed: whole runs of its innermost label are theirs.
+bool Step::in_place(const Product& product, int side) const {
+    int innermost = T;
+    for (int l = 0; l < label_count; ++l)
+        if (has(formed_, l)) innermost = l;
+    return product.slots[side] == FORMED && kernels_->depth == 1 && has(product.own[side], innermost) &&
+           (product.lanes != side || elements(set(Label(innermost))) % kernels_->lanes == 0);
 }
 
 // All of a step, in multiplications of a vector by one thread. The constants are what a packed number, an activation
@@ -80,8 +98,9 @@ double Step::work(int64_t rows) const {
             double numbers = double(extent(p, p.own[side])) * extent(p, p.deep);
             bool curved = shape_.activation > Activation::relu;
             if (p.prepared[side]) work += p.prepared[side] * numbers * per_packed;
-            else work += panels * numbers * per_packed;
-            if (additive && shape_.contexts > 1) work += panels * numbers * (curved ? per_curve : per_formed);
+            else if (!in_place(p, side)) work += panels * numbers * per_packed;
+            if (additive && shape_.contexts > 1 && !p.tall)
+                work += panels * numbers * (curved ? per_curve : per_formed);
         }
     }
     return work;
@@ -183,12 +202,15 @@ Step::Step(const Shape& shape, std::array<int, 2> forms, const std::vector<int>&
         }
         size_t out_bytes = aligned_up(elements(labels(p.out)) * kernels_->sum_bytes);
         if (p.out == FORMED) formed_bytes_ = out_bytes;
-        else if (has(labels(p.out), T)) sums_bytes_ = out_bytes;
+        else if (has(labels(p.out), T)) {
+            sums_bytes_ = out_bytes;
+            if (p.turned) turned_bytes_ = aligned_up(elements(labels(p.out)) / shape_.block[T] * kernels_->sum_bytes);
+        }
         else if (p.out == HIDDEN && additive) tile_bytes_ = out_bytes;
     }
     // The context's part along a side of a product, padded to whole vectors.
     line_bytes_ = aligned_up((widest + kernels_->lanes) * kernels_->sum_bytes);
-    thread_bytes_ = formed_bytes_ + sums_bytes_ + tile_bytes_ + chunk_bytes_ + line_bytes_ +
+    thread_bytes_ = formed_bytes_ + sums_bytes_ + turned_bytes_ + tile_bytes_ + chunk_bytes_ + line_bytes_ +
                     aligned_up(max_rows * max_vectors * kernels_->lanes * kernels_->sum_bytes);
     for (const Product& p : products_) thread_bytes_ += p.bytes[0] + p.bytes[1];
 }

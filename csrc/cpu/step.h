@@ -84,6 +84,8 @@ struct Product {
     Labels batch = 0, deep = 0;
     std::array<Labels, 2> own{};
     int lanes = 0;                      // which side's numbers lie in vectors
+    bool turned = false;                // whether its sums lie with the chunks' index innermost, in whole vectors
+    bool tall = false;                  // whether its tiles form each context's additive hidden layer, the lanes' side
     std::array<size_t, 2> bytes{};      // of the panels of a block
     std::array<int64_t, 2> prepared{};  // panels that are made once, before the blocks: how many, or 0
     std::array<size_t, 2> prepared_at{};
@@ -126,6 +128,8 @@ class Step {
     int64_t extent(const Product& product, Labels labels) const;
     double cost(const Product& product, int side) const;
     bool per_context(const Product& product) const;
+    bool turned(const Product& product, int side) const;
+    bool in_place(const Product& product, int side) const;
     Ranges ranges_of_block(int64_t block) const;
     std::array<int64_t, label_count> counts(const Product& product, int side) const;
     size_t prepared_bytes(const Product& product, int side) const;
@@ -146,7 +150,7 @@ class Step {
     std::array<int64_t, label_count> blocks_{};
     int64_t block_count_ = 1;
     const Kernels *kernels_, *plain_;
-    size_t formed_bytes_ = 0, sums_bytes_ = 0, tile_bytes_ = 0, chunk_bytes_ = 0, line_bytes_ = 0;
+    size_t formed_bytes_ = 0, sums_bytes_ = 0, turned_bytes_ = 0, tile_bytes_ = 0, chunk_bytes_ = 0, line_bytes_ = 0;
     size_t thread_bytes_ = 0, prepared_bytes_ = 0;
 };
 

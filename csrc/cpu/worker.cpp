@@ -2,6 +2,8 @@
 
 #include <omp.h>
 
+#include <atomic>
+
 namespace hk {
 
 Worker::Worker(const Step& step, const Arguments& arguments, const std::vector<Output>& outputs, char* workspace,
@@ -12,6 +14,7 @@ Worker::Worker(const Step& step, const Arguments& arguments, const std::vector<O
     auto take = [&](size_t bytes) { return std::exchange(at, at + bytes); };
     formed_base_ = take(step.formed_bytes_);
     sums_base_ = take(step.sums_bytes_);
+    turned_base_ = take(step.turned_bytes_);
     tile_base_ = take(step.tile_bytes_);
     chunk_base_ = take(step.chunk_bytes_);
     line_ = take(step.line_bytes_);
@@ -34,9 +37,7 @@ void Worker::multiply(const Product& product, const Ranges& block, int64_t conte
         if (product.out == HIDDEN) out.base += context * out.lead[0] * kernels().sum_bytes;
     }
     Ranges ranges = block;
-    int64_t combinations = 1;
-    for (int l = 0; l < label_count; ++l)
-        if (has(product.batch, l)) combinations *= block[l].size();
+    int64_t combinations = count(product.batch, block);
     for (int64_t n = 0; n < combinations; ++n) {
         int64_t rest = n;
         for (int l = label_count; l-- > 0;) {
@@ -45,19 +46,15 @@ void Worker::multiply(const Product& product, const Ranges& block, int64_t conte
             ranges[l] = {index, index + 1};
             rest /= block[l].size();
         }
-        const char* operands[] = {panels(product, 0, ranges, context), panels(product, 1, ranges, context)};
+        const Operand operands[] = {operand(product, 0, ranges, context), operand(product, 1, ranges, context)};
         enumerate(out, product.batch, ranges, left_);
         char* base = out.base + left_.offset[0] * kernels().sum_bytes;
         enumerate(out, product.own[0], ranges, left_);
         enumerate(out, product.own[1], ranges, right_);
-        const Offsets* sides[] = {&left_, &right_};
-        int64_t depth = 1;
-        for (int l = 0; l < label_count; ++l)
-            if (has(product.deep, l)) depth *= ranges[l].size();
+        const int64_t* offsets[] = {left_.offset.data(), right_.offset.data()};
         int lanes = product.lanes, rows = 1 - lanes;
-        hk::multiply(kernels(), operands[rows], sides[rows]->side().n, operands[lanes], sides[lanes]->side().n, depth,
-                     base, sides[rows]->offset.data(), sides[lanes]->offset.data(), product.out != FORMED && !tile,
-                     spill_);
+        hk::multiply(kernels(), operands[rows], operands[lanes], count(product.deep, ranges), base, offsets[rows],
+                     offsets[lanes], product.out != FORMED && !tile, spill_);
     }
     if (tile) pull_back(block, context);
 }
@@ -111,6 +108,15 @@ void Step::run(const Arguments& arguments) const {
         }
         return mine;
     };
+    // Where rows are all that comes out, and many, threads take block after block as they come free.
+    bool many = rows.count >= 8 * threads_ * shape_.block[T];
+    bool taken = split_ == T && has(formed_, T) && products_.size() == 2 && has(labels(products_[1].out), T) && many;
+    std::atomic<int64_t> next{0};
+    auto run_share = [&](Worker& worker, int thread) {
+        if (!taken) return worker.run(share_of(thread)[0], share_of(thread)[1]);
+        for (int64_t row; (row = next.fetch_add(shape_.block[T])) < rows.count;)
+            worker.run({row, std::min(row + shape_.block[T], rows.count)}, {0, block_count_});
+    };
     std::vector<Worker> workers;
     for (int thread = 0; thread < threads_; ++thread) workers.emplace_back(*this, arguments, outputs, workspace, thread);
 #pragma omp parallel num_threads(threads_)
@@ -124,7 +130,7 @@ void Step::run(const Arguments& arguments) const {
             if (rows.count) workers[n].prepare();
         });
 #pragma omp barrier
-        each([&](int n) { workers[n].run(share_of(n)[0], share_of(n)[1]); });
+        each([&](int n) { run_share(workers[n], n); });
 #pragma omp barrier
         each([&](int n) { workers[n].finish_outputs(); });
     }

@@ -12,8 +12,12 @@ struct Offsets {
     Side side() const { return {static_cast<int64_t>(offset.size()), offset.data(), feature.data()}; }
 };
 
-// A tensor of the labels' ranges, contiguous.
-Layout contiguous(Labels labels, const Ranges& ranges, char* base);
+// A tensor of the labels' ranges, contiguous, in the labels' order; but `last` is innermost.
+Layout contiguous(Labels labels, const Ranges& ranges, char* base, int last = label_count);
+
+// How many combinations of the labels' indices there are, and the distance from one's element to the next's.
+int64_t count(Labels labels, const Ranges& ranges);
+int64_t pitch(const Layout& layout, Labels labels, const Ranges& ranges);
 
 inline Range share(int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
 
@@ -40,6 +44,8 @@ class Worker {
                      char* to);
     void make_panels(const Product& product, int side, const Ranges& ranges, int64_t context, char* to);
     const char* panels(const Product& product, int side, const Ranges& ranges, int64_t context);
+    Operand operand(const Product& product, int side, const Ranges& ranges, int64_t context);
+    const char* context_line(Labels along, const Ranges& ranges, int64_t context, int64_t padded);
     void multiply(const Product& product, const Ranges& ranges, int64_t context);
     void multiply_by_context(const Product& product, Ranges ranges);
     void pull_back(const Ranges& ranges, int64_t context);
@@ -60,10 +66,10 @@ class Worker {
     std::vector<Layout> output_layouts_;
     std::vector<std::array<Kept, 2>> kept_;
     std::vector<std::array<char*, 2>> buffers_;
-    char *formed_base_, *sums_base_, *tile_base_, *chunk_base_, *line_, *spill_;
+    char *formed_base_, *sums_base_, *turned_base_, *tile_base_, *chunk_base_, *line_, *spill_;
     const Product* summing_ = nullptr;
     Ranges summed_{};
-    Offsets own_, deep_, left_, right_;
+    Offsets own_, deep_, left_, right_, placed_;
 };
 
 }  // namespace hk
