@@ -47,7 +47,8 @@ def partials(settings: Settings, context_ids: Tensor | None, *factors: Tensor | 
     the hidden partial is two results, dcontext and dchunks.
     """
     if _plain(factors):
-        return tuple(run(settings, context_ids, factors))
+        with torch._C._AutoDispatchBelowAutograd():  # which has nothing to record
+            return tuple(run(settings, context_ids, factors))
     if torch.compiler.is_compiling():  # a view: Dynamo loses the gradient of a graph's input that is passed as it is
         return Partials.apply(settings, context_ids, *(None if v is None else v.view_as(v) for v in factors))
     return PartialsForwardMode.apply(settings, context_ids, *factors)
