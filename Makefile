@@ -51,8 +51,8 @@ sweep: $(VENV)/installed  ## measure every order over 240 shapes beside the plan
 readme: $(VENV)/installed  ## write the saved results into the README's table
 	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json --readme README.md
 
-sass: $(VENV)/installed  ## the Triton kernels compiled for sm_80, sm_90 and sm_100: registers, spills, rooflines; no GPU
-	for chip in 8.0 9.0 10.0; do echo "sm_$$chip"; $(BIN)/python benchmarks/compiled.py --chip $$chip || exit 1; done
+sass: $(VENV)/installed  ## the Triton kernels compiled for four chips: registers, spills, rooflines; no GPU
+	for chip in sm_80 sm_90 sm_100 gfx942; do echo "$$chip"; $(BIN)/python benchmarks/compiled.py --chip $$chip || exit 1; done
 
 gpu:  ## on a CUDA device, with the machine's own python3 and torch: tests, then benchmarks
 	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; set PYTHON=..." >&2; exit 2; }

@@ -22,7 +22,7 @@ from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import ORDERS, OUTPUT, Call
 from hyperkernels.chunking import Grid
 from hyperkernels.kernels.roles import sizes_of
-from hyperkernels.kernels.tiles import CHIPS, Chip, chip_of, tile_for
+from hyperkernels.kernels.tiles import CHIPS, Chip, tile_for
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -33,8 +33,26 @@ from triton.runtime import driver
 from hyperkernels.kernels.launch import Launch, prepare
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TENSOR_CORES = {(8, 0): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA"}
-MEMORY_BYTES_PER_S = {(8, 0): 1.9e12, (9, 0): 4.3e12, (10, 0): 7e12}
+
+
+class Target(NamedTuple):
+    """What is compiled for: `wide` is the instruction of its tensor cores' own tiles, `tensor_core` each of theirs."""
+
+    gpu: GPUTarget
+    chip: Chip
+    memory_bytes_per_s: float
+    wide: str
+    tensor_core: str
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), CHIPS[8, 0], 1.9e12, "HMMA", "HMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), CHIPS[9, 0], 4.3e12, "HGMMA", "HG?MMA"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), CHIPS[10, 0], 7e12, "UTCHMMA", "(UTC)?HMMA"),
+    "gfx942": Target(
+        GPUTarget("hip", "gfx942", 64), Chip(304, 65_536, 110, 128, 8e14, 8e13, 1e13), 4.5e12, "v_mfma", "v_mfma"
+    ),
+}
 LARGE, WIDE, FINE = Grid(4096, 4096, 16, 256), Grid(8192, 28672, 16, 1024), Grid(512, 512, 32, 32)
 
 
@@ -88,8 +106,16 @@ def launch_of(call: Call, order: str, out: str, chip: Chip) -> Launch:
     return prepare(call, order, out, factors, Mapped.of(ids, call.contexts) if call.mapped else None, chip)
 
 
-def sass(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers, bytes of stack, and the instructions."""
+class Machine(NamedTuple):
+    """What a kernel became: registers of a thread, bytes of stack, instructions that spill, and all of them."""
+
+    registers: int
+    stack_bytes: int
+    spills: int
+    instructions: list[str]
+
+
+def sass(cubin: bytes) -> Machine:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -97,23 +123,31 @@ def sass(cubin: bytes) -> tuple[int, int, list[str]]:
             subprocess.run([TOOL, option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
-    return (
-        int(registers),
-        int(stack),
-        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", listing, re.M),
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", listing, re.M)
+    return Machine(registers, stack, sum(i in ("LDL", "STL") for i in instructions), instructions)
+
+
+def amdgcn(listing: str) -> Machine:
+    registers, stack, spills = (
+        int(re.findall(rf"\.{name}:\s*(\d+)", listing)[0])
+        for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
     )
+    return Machine(registers, stack, spills, re.findall(r"^\s+(v_mfma|[a-z]\w+)", listing, re.M))
 
 
-def compiled(name: str, call: Call, out: str, capability: tuple[int, int]) -> dict[str, Any]:
-    chip = chip_of(capability)
+def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
+    chip = target.chip
     order = min(ORDERS, key=lambda order: tile_for(sizes_of(call, order, out), chip)[1])
     sizes = sizes_of(call, order, out)
     tile, predicted_us = tile_for(sizes, chip)
     launch = launch_of(call, order, out, chip)
-    kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.keywords)
-    registers, stack, instructions = sass(kernel.asm["cubin"])
-    roof = roofline(call, order, (out,), chip.flops_per_s, MEMORY_BYTES_PER_S[capability])
+    nvidia = target.gpu.backend == "cuda"
+    keywords = {name: value for name, value in launch.keywords.items() if nvidia or name != "maxnreg"}
+    kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **keywords)
+    machine = sass(kernel.asm["cubin"]) if nvidia else amdgcn(kernel.asm["amdgcn"])
+    flops_per_s = chip.fp32_flops_per_s if call.dtype == torch.float32 else chip.flops_per_s
+    roof = roofline(call, order, (out,), flops_per_s, target.memory_bytes_per_s)
     return {
         "shape": name,
         "output": OUTPUT[out],
@@ -123,12 +157,12 @@ def compiled(name: str, call: Call, out: str, capability: tuple[int, int]) -> di
         "splits": tile.splits,
         "warps": tile.warps,
         "stages": tile.stages,
-        "registers": registers,
-        "stack_bytes": stack,
+        "registers": machine.registers,
+        "stack_bytes": machine.stack_bytes,
         "shared_bytes": kernel.metadata.shared,
-        "tensor_core": sum(i in ("HMMA", *TENSOR_CORES.values()) for i in instructions),
-        "wide_tensor_core": instructions.count(TENSOR_CORES[capability]),
-        "spills": sum(i in ("LDL", "STL") for i in instructions),
+        "tensor_core": sum(bool(re.fullmatch(target.tensor_core, i)) for i in machine.instructions),
+        "wide_tensor_core": machine.instructions.count(target.wide),
+        "spills": machine.spills,
         "flops": roof.flops,
         "bytes_moved": roof.bytes_moved,
         "roofline_us": roof.time_us,
@@ -152,25 +186,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python benchmarks/compiled.py --chip 9.0\n"
-        "  python benchmarks/compiled.py --chip 8.0 --dtype float16 --output out/sm_80.json\n\n"
+        epilog="examples:\n  python benchmarks/compiled.py --chip sm_90\n"
+        "  python benchmarks/compiled.py --chip sm_80 --dtype float16 --output out/sm_80.json\n\n"
         "The tile is BT x BS x BK x BO x BN x BD, the letters of hyperkernels/kernels/chain.py; then splits, warps,\n"
         "stages, registers of a thread, instructions that spill, bytes of shared memory, the chip's own tensor-core\n"
         "instructions, all of them, GFLOP, MiB, us by the roofline and what bounds it, us that the model predicts.\n\n"
         "exit codes: 0, 1 if a kernel does not compile, 2 for bad arguments",
     )
-    chips = {f"{major}.{minor}": (major, minor) for major, minor in CHIPS}
-    parser.add_argument("--chip", choices=chips, default="9.0", help="compute capability")
+    parser.add_argument("--chip", choices=TARGETS, default="sm_90", help="what to compile for")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--output", type=Path, help="where to save the table, as JSON")
     arguments = parser.parse_args()
-    capability = chips[arguments.chip]
-    driver.set_active(Elsewhere(GPUTarget("cuda", 10 * capability[0] + capability[1], 32)))  # type: ignore[arg-type]
+    target = TARGETS[arguments.chip]
+    driver.set_active(Elsewhere(target.gpu))  # type: ignore[arg-type]
     rows, failed = [], 0
     for name, shape in SHAPES.items():
         for out in OUTPUT:
             try:
-                rows.append(compiled(name, shape.call(getattr(torch, arguments.dtype)), out, capability))
+                rows.append(compiled(name, shape.call(getattr(torch, arguments.dtype)), out, target))
             except Exception as error:  # the rest is still worth knowing
                 failed += 1
                 print(f"{name:20}{OUTPUT[out]:9}does not compile: {error}", flush=True)

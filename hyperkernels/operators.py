@@ -44,7 +44,7 @@ def check_context_ids(context_ids: Tensor, contexts: int) -> None:
     if context_ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # to read them would end the capture
     if context_ids.numel() and not context_ids.is_meta:
-        low, high = int(context_ids.min()), int(context_ids.max())
+        low, high = torch.stack(context_ids.aminmax()).tolist()  # a device is waited for once
         if low < 0 or high >= contexts:
             raise ValueError(f"context_ids: got values from {low} to {high}, wanted 0 to {contexts - 1}")
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from hyperkernels.kernels.tiles import CHIPS, chip_of
-
 ROOT = Path(__file__).parents[1]
 WIDE = {"8192 tokens", "64 contexts of 128", "64 mapped contexts"}  # enough rows for the tensor cores' own tiles
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 REGISTERS = 65536
+CHOICES = [(chip, dtype) for chip in SHARED_BYTES for dtype in ("bfloat16", "float32")] + [("sm_90", "float16")]
 
 
-@pytest.mark.parametrize("capability", CHIPS, ids=lambda c: f"sm_{c[0]}{c[1]}")
-def test_what_the_planner_picks_compiles(capability, tmp_path):
-    chip = ".".join(map(str, capability))
+@pytest.mark.parametrize(("chip", "dtype"), CHOICES, ids=lambda choice: choice)
+def test_what_the_planner_picks_compiles(chip, dtype, tmp_path):
     path = tmp_path / "table.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "compiled.py"), "--chip", chip, "--output", str(path)]
+    options = ["--chip", chip, "--dtype", dtype, "--output", str(path)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "compiled.py"), *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     print(result.stdout)
@@ -29,10 +29,10 @@ def test_what_the_planner_picks_compiles(capability, tmp_path):
     table = json.loads(path.read_text())
     assert len(table) == 40
     for row in table:
-        assert row["tensor_core"] > 0, row
-        assert row["shared_bytes"] <= chip_of(capability).shared_bytes, row
-        assert row["registers"] * 32 * row["warps"] <= REGISTERS, row
-        if row["shape"] in WIDE:
-            assert row["wide_tensor_core"] > 0, row
-        if capability == (9, 0):
-            assert row["spills"] == 0, row
+        assert row["spills"] == 0, row
+        assert row["shared_bytes"] <= SHARED_BYTES[chip], row
+        if chip.startswith("sm_"):
+            assert row["registers"] * 32 * row["warps"] <= REGISTERS, row
+        if dtype != "float32":  # which tensor cores would round, unless torch is told that they may
+            assert row["tensor_core"] > 0, row
+            assert row["wide_tensor_core"] > 0 or row["shape"] not in WIDE, row

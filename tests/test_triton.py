@@ -40,6 +40,7 @@ def small_tiles(monkeypatch):
         return Tile(*block, splits=min(3, work_of(sizes, Tile(*block)).splits)), 0.0
 
     monkeypatch.setattr(launch, "tile_for", least)
+    monkeypatch.setattr(launch, "recipe", launch.recipe.__wrapped__)  # none of a planned tile
 
 
 def check(problem, dtype, order):
@@ -168,6 +169,12 @@ def test_tiles_fit(capability, shape):
                     assert work.shared_bytes(dtype.itemsize, tile.stages) <= chip.shared_bytes
                     assert 1 <= tile.splits <= work.splits
                     assert time_us > 0
+
+
+def test_numbers_of_rows_up_to_a_power_of_two_share_a_tile():
+    calls = [Call(Grid(4096, 4096, 16, 256), 32, 1, 1, rows, device="cuda") for rows in (5000, 7777, 8192)]
+    tiles = {tile_for(sizes_of(call, "head_first", "hidden"), chip_of((9, 0)))[0] for call in calls}
+    assert len(tiles) == 1
 
 
 def test_small_batches_fill_the_chip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from hyperkernels.chunking import ceil_div
 from hyperkernels.kernels.chain import contract_rows, contract_sums
 from hyperkernels.kernels.generate import generate_rows, generate_sums
 from hyperkernels.kernels.operands import Batch, Factor, Features
-from hyperkernels.kernels.roles import roles_of, sizes_of
-from hyperkernels.kernels.tiles import Chip, tile_for
+from hyperkernels.kernels.roles import Roles, roles_of, sizes_of
+from hyperkernels.kernels.tiles import Chip, Sizes, Tile, tile_for
+from hyperkernels.planner import workspace_bytes
 
 KERNELS = {kernel.__name__: kernel for kernel in (contract_rows, contract_sums, generate_rows, generate_sums)}
 
@@ -38,34 +40,53 @@ def batch_of(call: Call, mapped: Mapped | None, BT: int) -> tuple[Batch, int]:
     return Batch(call.contexts, 0, call.tokens, mapped.starts * call.tokens, mapped.entries, of_tile, first), tiles
 
 
-def _features(call: Call, slot: str, tensor: Tensor, outer: str) -> Features:
-    grid = call.grid
-    chunk, inside, size, limit = (
-        ("j", "q", grid.cols, grid.in_features) if slot == "x" else ("i", "r", grid.rows, grid.out_features)
-    )
-    extents = {chunk: ceil_div(limit, size), inside: size}
-    steps = {chunk: size, inside: 1}
-    inner = inside if outer == chunk else chunk
-    if limit * tensor.stride(-1) >= 1 << 31:  # a row's features are counted in 32 bits
-        tensor = tensor.contiguous()
-    entry, token, feature = tensor.stride()
-    return Features(tensor, entry, token, feature, extents[outer], extents[inner], steps[outer], steps[inner], limit)
+class FeatureView(NamedTuple):
+    """How x or y is read: the extents of the outer and the inner label, how far apart in features theirs are, and where
+    a row ends."""
+
+    size_outer: int
+    size_inner: int
+    outer: int
+    inner: int
+    limit: int
+
+    @classmethod
+    def of(cls, call: Call, slot: str, outer: str) -> FeatureView:
+        grid = call.grid
+        chunk, size, limit = ("j", grid.cols, grid.in_features) if slot == "x" else ("i", grid.rows, grid.out_features)
+        chunks = ceil_div(limit, size)
+        return cls(chunks, size, size, 1, limit) if outer == chunk else cls(size, chunks, 1, size, limit)
+
+    def __call__(self, tensor: Tensor) -> Features:
+        if self.limit * tensor.stride(-1) >= 1 << 31:  # a row's features are counted in 32 bits
+            tensor = tensor.contiguous()
+        entry, token, feature = tensor.stride()
+        return Features(tensor, entry, token, feature, *self)
 
 
-def _factor(call: Call, slot: str, tensor: Tensor, outer: str, inner: str, context: Tensor | None = None) -> Factor:
-    stride = dict(zip("krq" if slot == "head" else "ijk", tensor.stride()[-3:]))
-    lead = tensor.stride(0) if tensor.dim() == 4 else 0
-    extents = (call.sizes[outer], call.width, call.sizes[inner])
-    factor = Factor(tensor, lead, stride[outer], stride["k"], stride[inner], *extents)
-    if context is None:
-        return factor
-    return factor._replace(context=context, context_stride=context.stride(0), context_stride_k=context.stride(1))
+class FactorView(NamedTuple):
+    """How hidden or head is read: which of its last dimensions are the outer label, the width and the inner one, and
+    their extents."""
+
+    dimensions: tuple[int, int, int]
+    extents: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, call: Call, slot: str, outer: str, inner: str) -> FactorView:
+        at = {label: n - 3 for n, label in enumerate("krq" if slot == "head" else "ijk")}
+        return cls((at[outer], at["k"], at[inner]), (call.sizes[outer], call.width, call.sizes[inner]))
+
+    def __call__(self, tensor: Tensor, context: Tensor | None = None) -> Factor:
+        stride = tensor.stride()
+        outer, k, inner = self.dimensions
+        lead = stride[0] if len(stride) == 4 else 0
+        context_strides = (0, 0) if context is None else context.stride()
+        return Factor(tensor, lead, stride[outer], stride[k], stride[inner], *self.extents, context, *context_strides)
 
 
 class Launch(NamedTuple):
     """A kernel and what it is called with. `result` is the partial by `name`, of which `sums` holds a plane for each
-    split: itself, where there is one. `contexts` is that by the contexts of an additive hidden, in planes to be summed.
-    """
+    split where there are some; `contexts` is that by the contexts of an additive hidden, in planes to be summed."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -73,12 +94,12 @@ class Launch(NamedTuple):
     keywords: dict[str, Any]
     name: str
     result: Tensor
-    sums: Tensor
+    sums: Tensor | None
     contexts: Tensor | None = None
 
     def run(self) -> dict[str, Tensor]:
         self.kernel[self.grid](*self.arguments, **self.keywords)
-        if len(self.sums) > 1:
+        if self.sums is not None:
             self.result.copy_(self.sums.sum(0))
         found = {self.name: self.result}
         if self.contexts is not None:
@@ -86,49 +107,82 @@ class Launch(NamedTuple):
         return found
 
 
-def prepare(call: Call, order: str, out: str, factors: dict[str, Tensor], mapped: Mapped | None, chip: Chip) -> Launch:
-    """What computes the partial of phi by the slot `out`."""
+class Recipe(NamedTuple):
+    """What of a launch the tensors have no part in. `tiles` counts those of s, k, o and n."""
+
+    roles: Roles
+    sizes: Sizes
+    tile: Tile
+    tiles: tuple[int, int, int, int]
+    keywords: dict[str, Any]
+    u: FeatureView
+    f: FactorView
+    w: FactorView
+    v: FeatureView
+
+
+@lru_cache(maxsize=4096)
+def recipe(call: Call, order: str, out: str, chip: Chip, tf32: bool, _workspace: int) -> Recipe:
     roles, sizes = roles_of(call, order, out), sizes_of(call, order, out)
     tile, _ = tile_for(sizes, chip)
-    batch, tiles = batch_of(call, mapped, tile.BT)
-    tiles_s, tiles_k, tiles_o, tiles_n = (
-        ceil_div(size, block)
-        for size, block in ((sizes.S, tile.BS), (sizes.M, tile.BK), (sizes.O, tile.BO), (sizes.N, tile.BN))
-    )
-    additive = out == "hidden" and bool(call.activation)
-    name = "chunks" if additive else out
-    result = factors[roles.u].new_empty(call.shape(name))
-    sums = result[None] if tile.splits == 1 else result.new_empty(tile.splits, *result.shape, dtype=torch.float32)
-
-    def factor(slot: str, outer: str, inner: str) -> Factor:
-        if slot == "hidden" and call.activation:
-            return _factor(call, slot, factors["chunks"], outer, inner, factors["hidden"])
-        return _factor(call, slot, factors[slot], outer, inner)
-
-    u, f = _features(call, roles.u, factors[roles.u], roles.s), factor(roles.f, roles.o, roles.d)
+    blocks = ((sizes.S, tile.BS), (sizes.M, tile.BK), (sizes.O, tile.BO), (sizes.N, tile.BN))
     keywords: dict[str, Any] = {
         "ACTIVATION": call.activation,
-        "PRECISION": "tf32" if call.dtype == torch.float32 and tf32_allowed() else "ieee",
+        "PRECISION": "tf32" if tf32 else "ieee",
         "SPLITS": tile.splits,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "maxnreg": 255,  # else ptxas may take half and spill
         **{block: getattr(tile, block) for block in ("BT", "BK", "BO", "BN", "BD")},
     }
     if order != "generate":
         keywords |= {"BS": tile.BS, "ONE_D": sizes.D <= tile.BD}
-    if out == roles.v:
-        if order != "generate":
-            keywords["ONE_S"] = sizes.S <= tile.BS
-        w, v = factor(roles.w, roles.s, roles.n), _features(call, roles.v, sums[0], roles.o)
-        grid, arguments, contexts = (tiles * tile.splits, tiles_n, tiles_o), (u, f, w, v, batch, sums.stride(0)), None
-    else:
+    if out != roles.v:
         keywords["BY_CONTEXT"] = sizes.by_context
-        v, target = _features(call, roles.v, factors[roles.v], roles.o), _factor(call, out, sums[0], roles.s, roles.n)
-        w, contexts = target, None
-        if additive:
-            w = factor(out, roles.s, roles.n)
+    elif order != "generate":
+        keywords["ONE_S"] = sizes.S <= tile.BS
+    return Recipe(
+        roles,
+        sizes,
+        tile,
+        tuple(ceil_div(size, block) for size, block in blocks),  # type: ignore[arg-type]
+        keywords,
+        FeatureView.of(call, roles.u, roles.s),
+        FactorView.of(call, roles.f, roles.o, roles.d),
+        FactorView.of(call, roles.w, roles.s, roles.n),
+        FeatureView.of(call, roles.v, roles.o),
+    )
+
+
+def prepare(call: Call, order: str, out: str, factors: dict[str, Tensor], mapped: Mapped | None, chip: Chip) -> Launch:
+    """What computes the partial of phi by the slot `out`."""
+    tf32 = call.dtype == torch.float32 and tf32_allowed()
+    roles, sizes, tile, (tiles_s, tiles_k, tiles_o, tiles_n), keywords, view_u, view_f, view_w, view_v = recipe(
+        call, order, out, chip, tf32, workspace_bytes()
+    )
+    batch, tiles_b = batch_of(call, mapped, tile.BT)
+    name = "chunks" if sizes.additive else out
+    result = factors[roles.u].new_empty(call.shape(name))
+    sums, first, plane = None, result, 0
+    if tile.splits > 1:
+        sums = result.new_empty(tile.splits, *result.shape, dtype=torch.float32)
+        first, plane = sums[0], sums.stride(0)
+
+    def read(view: FactorView, slot: str) -> Factor:
+        additive = slot == "hidden" and call.activation
+        return view(factors["chunks"], factors["hidden"]) if additive else view(factors[slot])
+
+    u, f = view_u(factors[roles.u]), read(view_f, roles.f)
+    contexts = None
+    if out == roles.v:
+        grid = (tiles_b * tile.splits, tiles_n, tiles_o)
+        arguments = (u, f, read(view_w, roles.w), view_v(first), batch, plane)
+    else:
+        target = view_w(first)
+        if sizes.additive:
             planes = tiles_s * tiles_n * (tile.splits if order == "generate" else 1)
             contexts = result.new_empty(planes, call.contexts, call.width, dtype=torch.float32)
+        w = read(view_w, out) if sizes.additive else target
         grid = ((call.contexts if sizes.by_context else 1) * tile.splits * tiles_s * tiles_k, tiles_n)
-        arguments = (u, f, v, w, target, contexts, batch, sums.stride(0))
+        arguments = (u, f, view_v(factors[roles.v]), w, target, contexts, batch, plane)
     return Launch(KERNELS[sizes.kernel], grid, arguments, keywords, name, result, sums, contexts)

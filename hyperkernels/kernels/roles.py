@@ -50,4 +50,5 @@ def sizes_of(call: Call, order: str, out: str) -> Sizes:
     planes = room // max(prod(call.shape("chunks" if additive else out)), 1)
     context_planes = room // max(call.contexts * call.width, 1)
     extents = (sizes["g"], max(sizes["t"], 1), S, M, O, N, D)
-    return Sizes(kernel, *extents, call.dtype.itemsize, runs, planes, context_planes, by_context, additive)
+    activated = "" if not call.activation or out == "hidden" else "f" if roles.f == "hidden" else "w"
+    return Sizes(kernel, *extents, call.dtype.itemsize, runs, planes, context_planes, by_context, additive, activated)

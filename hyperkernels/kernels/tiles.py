@@ -16,23 +16,34 @@ from hyperkernels.chunking import ceil_div
 
 
 class Chip(NamedTuple):
-    """Multiprocessors, bytes of shared memory that a program may use, and what all multiprocessors together sustain:
-    tensor-core products of 16-bit numbers, and bytes from the second-level cache."""
+    """Multiprocessors; bytes of shared memory that a program may use; registers for a thread's sums and loads, and
+    bytes of a product's depth (with more, registers spill); and what all multiprocessors together sustain: products of
+    16-bit numbers on tensor cores, of fp32 numbers beside them, and bytes from the second-level cache."""
 
     multiprocessors: int
     shared_bytes: int
+    registers: int
+    depth_bytes: int
     flops_per_s: float
+    fp32_flops_per_s: float
     cache_bytes_per_s: float
+
+    def depth(self, itemsize: int) -> int:
+        """The most of a product: less where its operands come from registers, as those of fp32 do everywhere."""
+        return (self.depth_bytes if itemsize == 2 else 128) // itemsize
+
+    def most_registers(self, itemsize: int, rows: int) -> int:
+        share = 2 / 5 if itemsize == 4 else 2 / 3 if rows < WIDE else 1
+        return int(share * self.registers)
 
 
 CHIPS = {  # by compute capability
-    (8, 0): Chip(108, 166_912, 2.5e14, 3.5e12),
-    (9, 0): Chip(132, 232_448, 7.9e14, 6e12),
-    (10, 0): Chip(148, 232_448, 1.6e15, 8e12),
+    (8, 0): Chip(108, 166_912, 128, 128, 2.5e14, 1.5e13, 3.5e12),
+    (9, 0): Chip(132, 232_448, 150, 512, 7.9e14, 5e13, 6e12),
+    (10, 0): Chip(148, 232_448, 120, 512, 1.6e15, 6e13, 8e12),
 }
 LAUNCH_US, STEP_US = 4.0, 0.3
 ACCESS_BYTES = 16
-REGISTERS, REGISTERS_NARROW = 150, 100  # for a thread's sums and loads: more spill; where the rows are below WIDE
 WIDE = 64  # rows of a tensor core's own tile
 LEAST, MOST_ROWS, MOST_COLUMNS, MOST_DEPTH = 16, 128, 256, 256  # of a product on tensor cores
 
@@ -47,7 +58,7 @@ class Sizes(NamedTuple):
     each, and the extents of s, k, o, n and d. `runs` has for each of u, f, w and v the letter whose numbers lie side by
     side. `planes` and `context_planes`: how many partial results the workspace has room for, and how many of what an
     additive hidden's contexts get. `by_context`: w comes out, one for each context; `additive`: it is an additive
-    hidden."""
+    hidden; `activated`: which of f and w is read as one."""
 
     kernel: str
     contexts: int
@@ -63,6 +74,7 @@ class Sizes(NamedTuple):
     context_planes: int
     by_context: bool = False
     additive: bool = False
+    activated: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,8 @@ class Tile:
 class Work(NamedTuple):
     """What a program does: for each outer step, inner steps that form a tile of the intermediate, and one product that
     consumes it. Products are (rows, columns, depth); loads are numbers for a step, and how many accesses of at most
-    `ACCESS_BYTES` they take; `splits` is the most there can be."""
+    `ACCESS_BYTES` they take, `activated` those of them that an activation is taken of; `splits` is the most there can
+    be."""
 
     inner: tuple[int, int, int]
     inner_steps: int
@@ -96,6 +109,7 @@ class Work(NamedTuple):
     held: int
     programs: int
     splits: int
+    activated: int = 0
 
     def shared_bytes(self, itemsize: int, stages: int) -> int:
         """Operands in flight, and the intermediate on its way from one product to the next."""
@@ -103,13 +117,20 @@ class Work(NamedTuple):
         return itemsize * (self.held + stages * streamed + self.inner[0] * self.inner[1])
 
     def registers(self, additive: bool) -> float:
-        """Sums (beside an additive hidden's there are its activation's derivative and their product), and what a load
-        needs for its address and its numbers. Of all threads, less what every kernel needs."""
+        """Sums (beside an additive hidden's there are its activation's derivative and their product), what a load
+        needs for its address and its numbers, and what is formed of them. Of all threads, less what every kernel
+        needs."""
         inner, outer = self.inner[0] * self.inner[1], self.outer[0] * self.outer[1]
-        return inner + outer * (3 if additive else 1) + 3.5 * (self.inner_accesses + self.outer_accesses)
+        loads = 3.5 * (self.inner_accesses + self.outer_accesses)
+        return inner + outer * (3 if additive else 1) + loads + self.activated / 2
 
 
 def work_of(sizes: Sizes, t: Tile) -> Work:
+    numbers = {"f": t.BO * t.BK * t.BD, "w": t.BS * t.BK * t.BN, "": 0}
+    return _work_of(sizes, t)._replace(activated=numbers[sizes.activated])
+
+
+def _work_of(sizes: Sizes, t: Tile) -> Work:
     rows = ceil_div(sizes.rows, t.BT)
     S, M, O, N, D = (
         ceil_div(size, block)
@@ -143,6 +164,8 @@ def work_of(sizes: Sizes, t: Tile) -> Work:
 
 def _time_us(work: Work, itemsize: int, splits: int, chip: Chip) -> float:
     def product_us(M: int, N: int, K: int) -> float:
+        if itemsize == 4:
+            return 2e6 * M * N * K * chip.multiprocessors / chip.fp32_flops_per_s
         return 2e6 * max(M, WIDE) * N * K * chip.multiprocessors / chip.flops_per_s
 
     moved = itemsize * (work.inner_steps * work.inner_loads + work.outer_loads)
@@ -159,14 +182,14 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _candidates(sizes: Sizes) -> Iterator[Tile]:
+def _candidates(sizes: Sizes, chip: Chip) -> Iterator[Tile]:
     """Blocks of each label: powers of two up to its extent, or to the least that a product can do with."""
 
     def powers(extent: int, low: int = 1, high: int = MOST_ROWS) -> list[int]:
         top = min(max(power_of_two(extent), LEAST), high)
         return [1 << p for p in range(low.bit_length() - 1, top.bit_length())]
 
-    widest = 512 // sizes.itemsize
+    widest = chip.depth(sizes.itemsize)
     if sizes.kernel.startswith("contract"):
         BD = min(max(power_of_two(sizes.D), LEAST), widest)
         for BT in powers(sizes.rows):
@@ -180,18 +203,22 @@ def _candidates(sizes: Sizes) -> Iterator[Tile]:
         for BT in powers(sizes.rows, LEAST):
             for BN in powers(sizes.N, LEAST):
                 for BO in powers(sizes.O, 1, MOST_COLUMNS // BN):
-                    for BD in powers(sizes.D, LEAST, widest // 2):
+                    for BD in powers(sizes.D, LEAST, max(widest // 2, LEAST)):
                         yield Tile(BT, 1, BK, BO, BN, BD)
 
 
 def _fitting(sizes: Sizes, chip: Chip) -> Iterator[tuple[Tile, Work]]:
-    for tile in _candidates(sizes):
+    for tile in _candidates(sizes, chip):
         work = work_of(sizes, tile)
         shapes = (*work.inner, *work.outer)
-        if min(shapes) < LEAST or max(work.inner[0], work.outer[0]) > MOST_ROWS or work.outer[2] > MOST_DEPTH:
+        if (
+            min(shapes) < LEAST
+            or max(work.inner[0], work.outer[0]) > MOST_ROWS
+            or work.outer[2] > chip.depth(sizes.itemsize)
+        ):
             continue
         registers = work.registers(sizes.additive)
-        most = REGISTERS if work.inner[0] >= WIDE else REGISTERS_NARROW
+        most = chip.most_registers(sizes.itemsize, work.inner[0])
         warps = 4 if registers <= 32 * 4 * most / 2 else 8
         if registers > 32 * warps * most:
             continue
@@ -201,10 +228,30 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[tuple[Tile, Work]]:
                 break
 
 
-@lru_cache(maxsize=4096)
 def tile_for(sizes: Sizes, chip: Chip) -> tuple[Tile, float]:
     """The tile, with as many programs to a sum as it takes to give every multiprocessor one; and the time that the
-    model expects, in us."""
+    model expects, in us. Numbers of rows and contexts below the same power of two share a tile."""
+    tile = _search(
+        sizes._replace(
+            rows=power_of_two(sizes.rows),
+            contexts=power_of_two(sizes.contexts),
+            planes=_room(sizes.planes),
+            context_planes=_room(sizes.context_planes),
+        ),
+        chip,
+    )
+    work = work_of(sizes, tile)
+    tile = replace(tile, splits=max(1, min(tile.splits, work.splits)))
+    return tile, _time_us(work, sizes.itemsize, tile.splits, chip)
+
+
+def _room(planes: int) -> int:
+    """The greatest power of two that is no more."""
+    return 1 << planes.bit_length() - 1 if planes else 0
+
+
+@lru_cache(maxsize=4096)
+def _search(sizes: Sizes, chip: Chip) -> Tile:
     best, least = None, (inf, inf)
     for tile, work in _fitting(sizes, chip):
         for splits in {1, max(1, min(work.splits, sizes.planes, chip.multiprocessors // work.programs))}:
@@ -214,7 +261,7 @@ def tile_for(sizes: Sizes, chip: Chip) -> tuple[Tile, float]:
             if cost < least:
                 best, least = replace(tile, splits=splits), cost
     assert best is not None, sizes
-    return best, least[1]
+    return best
 
 
 def context_planes(sizes: Sizes, tile: Tile, splits: int) -> int:
