@@ -191,7 +191,16 @@ def contexts(
 
 
 def many_contexts(
-    shape: tuple[int, int], chunk: tuple[int, int], m: int, G: int, T: int, device: str, dtype: torch.dtype
+    shape: tuple[int, int],
+    chunk: tuple[int, int],
+    m: int,
+    G: int,
+    T: int,
+    *,
+    faster: dict[str, float] | None = None,
+    smaller: dict[str, float] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Case:
     """T tokens for each of G contexts, through an additive hidden layer: against weights formed, then `torch.bmm`."""
     (N, K), (rows, cols) = shape, chunk
@@ -224,7 +233,7 @@ def many_contexts(
 
     call = canonical_form(x, hk.AdditiveHidden(context, chunks, "relu"), head).call
     name = f"forward, {G} contexts of {T}, {N}x{K}, chunks {rows}x{cols}, m={m}, relu"
-    return Case(name, contestants, check, call=call)
+    return Case(name, contestants, check, faster or {}, smaller or {}, call=call)
 
 
 LARGE, SMALL = ((4096, 4096), (16, 256), 32), ((1024, 1024), (16, 64), 32)

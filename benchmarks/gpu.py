@@ -1,4 +1,5 @@
-"""Everything that needs a GPU, from the source tree: the tests on the device, its ceilings, then the speed cases.
+"""Everything that needs a GPU, from the source tree: tests on the device, compute-sanitizer over a few of them, its
+ceilings, what an eager call costs its CPU, then the speed cases and their plot.
 
 Prints as it goes and saves each result as it comes; a case that fails is reported and the rest go on.
 """
@@ -8,11 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,16 @@ from cases import Case, linear, many_contexts
 from measure import Quantiles, ceilings, graphed, machine, timed
 from roofline import roofline
 
+import hyperkernels as hk
 from hyperkernels.backends import plan_call
+from hyperkernels.planner import Plan
 from hyperkernels.testing import peak_bytes
 
 ROOT = Path(__file__).parents[1]
-TESTS_S = 300  # of the nine minutes that everything may take
+TESTS_S, SANITIZER_S = 220, 60  # of the nine minutes that everything may take
 ON_DEVICE = "cuda and not (float64 or float16 or one_ or cropped_cols)"  # what that is enough for
+SANITIZED = "triton_on_cuda and bfloat16 and primes and additive_ids"
+OF_ROOFLINE = 0.7  # that each case should reach of its plan's roofline
 CACHE_BYTES = 50 << 20  # the second level of an H200
 
 
@@ -47,23 +56,30 @@ def cases(device: str, quick: bool) -> dict[str, tuple[Callable[[], Case], int]]
 
     found: dict[str, tuple[Callable[[], Case], int]] = {}
     for B in tokens:
-        for train in (False, True):
-            found[f"B={B}, train={train}"] = partial(linear, *large, B, train=train, **common), copies(large, B)
+        for train, factor in ((False, 2.0), (True, 1.8)):
+            make = partial(linear, *large, B, train=train, faster={"nn.Linear": factor}, **common)
+            found[f"B={B}, train={train}"] = make, copies(large, B)
     for B in decode:
-        for name, shape in (("", large), (", wide", wide)):
-            found[f"decode B={B}{name}"] = partial(linear, *shape, B, **common), copies(shape, B)
+        for name, shape, factor in (("", large, 2.0), (", wide", wide, 8.0)):
+            make = partial(linear, *shape, B, faster={"nn.Linear": factor}, **common)
+            found[f"decode B={B}{name}"] = make, copies(shape, B)
     for G, T in contexts:
-        found[f"{G} contexts of {T}"] = partial(many_contexts, *large, G, T, **common), copies(large, G * T)
+        factors = ({"materialise": 100.0}, {"materialise": 100.0}) if T == 1 else ({"materialise": 5.0}, {})
+        make = partial(many_contexts, *large, G, T, faster=factors[0], smaller=factors[1], **common)
+        found[f"{G} contexts of {T}"] = make, copies(large, G * T)
     return found
+
+
+def planned(case: Case) -> Plan:
+    assert case.call is not None
+    return plan_call(case.call, case.outputs, None, "triton" if "triton" in case.contestants else None)[1]
 
 
 def roof_us(case: Case, found: dict[str, float]) -> float:
     """What the ceilings allow the case's plan."""
-    assert case.call is not None
-    engine = "triton" if "triton" in case.contestants else None
-    plan = plan_call(case.call, case.outputs, None, engine)[1]
+    plan = planned(case)
     rates = found["gflop_per_s"] * 1e9, found["gb_per_s"] * 1e9
-    return sum(roofline(case.call, plan.order_of(slot), (slot,), *rates).time_us for slot in case.outputs)
+    return sum(roofline(plan.call, plan.order_of(slot), (slot,), *rates).time_us for slot in case.outputs)
 
 
 def measure(make: Callable[[], Case], copies: int, device: str, rounds: int, found: dict[str, float]) -> dict[str, Any]:
@@ -86,12 +102,84 @@ def measure(make: Callable[[], Case], copies: int, device: str, rounds: int, fou
             seconds[name].append(run())
     return {
         "case": case.name,
+        "faster": case.faster,
+        "smaller": case.smaller,
+        "of_peak": OF_ROOFLINE,
         "copies": copies,
         "notes": notes,
+        "flops": planned(case).flops,
         "roofline_ms": roof_us(case, found) / 1e3,
         "times": {name: Quantiles.of(times)._asdict() for name, times in seconds.items()},
         "peak_mib": {name: peak_bytes(call, device) / 2**20 for name, call in case.contestants.items()},
     }
+
+
+def launch_us(device: str, calls: int = 300) -> dict[str, float]:
+    """What an eager call of a small layer costs the CPU that issues it: the median, with nothing waited for between."""
+    x, hidden, head, weight = (
+        torch.randn(size, device=device, dtype=torch.bfloat16) for size in ((4, 64), (8, 4, 8), (8, 8, 16), (64, 64))
+    )
+    found = {}
+    engines: dict[str, Callable[[], Any]] = {
+        "nn.Linear": lambda: torch.nn.functional.linear(x, weight),
+        "hyperkernels": lambda: hk.hyper_linear(x, hidden, head),
+        "triton": lambda: hk.hyper_linear(x, hidden, head, backend="triton"),
+    }
+    for name, call in engines.items():
+        seconds = []
+        for n in range(calls):
+            if n % 50 == 0 and device == "cuda":
+                torch.cuda.synchronize()  # a full queue would be waited for
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        found[name] = 1e6 * sorted(seconds)[calls // 2]
+    return found
+
+
+def sanitized() -> dict[str, Any]:
+    """A few small tests under each tool of compute-sanitizer, where it is installed."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        return {"note": "compute-sanitizer is not installed"}
+    found: dict[str, Any] = {}
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_hyper_linear.py",
+        "-k",
+        SANITIZED,
+    ]
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", *tests]
+        try:
+            found[check] = subprocess.run(command, cwd=ROOT, timeout=SANITIZER_S, check=False).returncode
+        except subprocess.TimeoutExpired:
+            found[check] = 124
+        print(f"compute-sanitizer {check}: exit code {found[check]}", flush=True)
+    return found
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    try:
+        from report import details
+        from report import draw as draw_cases
+    except ImportError as error:
+        print(f"no plot here ({error}); `python benchmarks/report.py {path}` draws it", flush=True)
+        return
+    draw_cases(results, path.with_suffix(".png"))
+    print(details(results), f"picture: {path.with_suffix('.png')}", sep="\n\n", flush=True)
+
+
+def source() -> dict[str, str]:
+    """What was measured, beside the machine."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    triton = version("triton") if find_spec("triton") else "not installed"
+    return {"commit": commit.strip() or "not under version control", "triton": triton}
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
@@ -106,7 +194,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python benchmarks/gpu.py --output benchmarks/results\n"
         "  python benchmarks/gpu.py --device cpu --quick --output out    # without a GPU; Triton's interpreter\n\n"
-        "exit codes: 0, 1 if a test or a case failed, 2 for bad arguments or no device",
+        "exit codes: 0, 1 if a test, a case or compute-sanitizer failed, 2 for bad arguments or no device",
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -118,8 +206,8 @@ def main() -> int:
     if device == "cpu":  # read when the kernels are first needed
         os.environ["TRITON_INTERPRET"] = "1"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"{device}.json"
-    results: dict[str, Any] = {"machine_info": machine(device), "cases": [], "failed": []}
+    path = arguments.output / ("gpu.json" if device == "cuda" else "interpreted.json")
+    results: dict[str, Any] = {"machine_info": machine(device) | source(), "cases": [], "failed": []}
     print(json.dumps(results["machine_info"]), flush=True)
 
     chosen = ["-k", "hand_computed or bit_equal" if arguments.quick else ON_DEVICE]
@@ -133,8 +221,16 @@ def main() -> int:
         print(f"tests: stopped after {TESTS_S} s", flush=True)
     save(path, results)
 
+    if device == "cuda":
+        results["compute_sanitizer"] = sanitized()
     results["machine_info"]["ceilings"] = ceiling = ceilings(device)
     print(json.dumps(ceiling), flush=True)
+    try:
+        results["launch_us"] = launch_us(device, 20 if arguments.quick else 300)
+        print("us of the CPU for an eager call:", json.dumps(results["launch_us"]), flush=True)
+    except Exception as error:  # the rest is still worth measuring
+        traceback.print_exc()
+        results["failed"].append({"case": "launch_us", "error": str(error)})
     for name, (make, copies) in cases(device, arguments.quick).items():
         try:
             found = measure(make, copies, device, 2 if arguments.quick else 20, ceiling)
@@ -147,7 +243,10 @@ def main() -> int:
             times = f"{found['case']}: " + ", ".join(f"{name} {t:.4f} ms" for name, t in p50.items())
             print(f"{times}, roofline {found['roofline_ms']:.4f} ms", flush=True)
         save(path, results)
-    return 1 if results["failed"] or results["tests_exit_code"] else 0
+    if results["cases"]:
+        draw(results, path)
+    wrong = [code for code in results.get("compute_sanitizer", {}).values() if code == 9]
+    return 1 if results["failed"] or results["tests_exit_code"] or wrong else 0
 
 
 if __name__ == "__main__":

@@ -43,15 +43,20 @@ def test_report_of_a_damaged_file(tmp_path, text):
     (tmp_path / "cpu.json").write_text(text)
     result = run("benchmarks/report.py", tmp_path / "cpu.json")
     assert result.returncode == 2
-    assert "not the results of `make bench`" in result.stderr
+    assert "not the results of a benchmark" in result.stderr
 
 
 def test_a_missed_factor_is_said():
     times = {"nn.Linear": {"p50_ms": 2.0}, "hyperkernels": {"p50_ms": 1.0}}
     case = {"times": times, "faster": {"nn.Linear": 2.5}, "of_peak": 0.5, "flops": 2e8}
-    assert report.verdicts(case, peak=500.0) == [
-        ("2.0 times faster than nn.Linear, wanted 2.5 [5.0]", False),
-        ("40% of the FMA peak, wanted 50%", False),
+    machine = {"machine_info": {"ceilings": {"fma_gflop_per_s": 500.0}}}
+    missed = ("2.0 times faster than nn.Linear, wanted 2.5 [5.0]", False)
+    assert report.verdicts(case, machine) == [missed, ("40% of the FMA peak, wanted 50%", False)]
+    case["times"]["triton"] = {"p50_ms": 0.5}
+    found = report.verdicts(case | {"roofline_ms": 0.4}, machine)
+    assert found == [
+        ("4.0 times faster than nn.Linear, wanted 2.5 [5.0]", True),
+        ("80% of the plan's roofline, wanted 50%", True),
     ]
 
 
@@ -72,11 +77,14 @@ def test_the_saved_sweep_shows_the_planner_picking_well():
 def test_make_gpu_runs_end_to_end_without_one(tmp_path):
     result = run("benchmarks/gpu.py", "--device", "cpu", "--quick", "--output", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    saved = json.loads((tmp_path / "cpu.json").read_text())
+    saved = json.loads((tmp_path / "interpreted.json").read_text())
     assert len(saved["cases"]) == 5
+    assert {"nn.Linear", "hyperkernels", "triton"} == saved["launch_us"].keys()
     assert all("triton" in case["times"] for case in saved["cases"])
     assert saved["tests_exit_code"] == 0
     assert not saved["failed"]
+    assert (tmp_path / "interpreted.png").stat().st_size > 10_000
+    assert saved["machine_info"].keys() > {"commit", "triton", "torch"}
 
 
 @pytest.mark.parametrize(
