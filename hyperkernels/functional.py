@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -70,8 +71,8 @@ def hyper_linear(
     """
     form = canonical_form(x, hidden, head, out_features, bias, head_bias, context_ids)
     call, grid, bias, head_bias = form.call, form.call.grid, form.bias, form.head_bias
-    if order is not None or backend is not None:
-        choose_backend(call, order, backend)  # raises if they cannot be had
+    if (order is not None or backend is not None) and not torch.compiler.is_compiling():
+        choose_backend(call, order, backend)  # raises if they cannot be had; a compiled graph does when it runs
     if backend == "reference":
         if form.ids is not None:
             check_context_ids(form.ids, call.contexts)

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import CONTEXTS, make_problem
+from conftest import CONTEXTS, CUDA, make_problem
 from torch.autograd import forward_ad, gradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
@@ -235,3 +235,21 @@ def test_flops_are_counted_for_the_order_that_runs(order):
         "hidden_first": 2 * B * K * I * m + 2 * B * N * m * cols,
     }
     assert counter.get_total_flops() == by_hand[order]
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("contexts", CONTEXTS)
+def test_a_cuda_graph_replays_the_triton_engine(contexts):
+    problem = make_problem(contexts, Grid(60, 90, 8, 16), 8, tokens=30, dtype=torch.float32, device="cuda")
+    tensors = [v.detach() for v in problem.tensors]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        problem.call(*tensors, backend="triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = problem.call(*tensors, backend="triton")
+    tensors[0].normal_()
+    graph.replay()
+    torch.testing.assert_close(y, problem.call(*tensors, backend="triton"))

@@ -5,6 +5,8 @@ On a CUDA device the other tests run them for real, as one of the engines.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import CONTEXTS, CUDA, gradients, make_problem
@@ -114,6 +116,38 @@ def test_strides():
 def test_empty_batches(shape):
     x, hidden, head = torch.randn(shape), torch.randn(3, 3, 2), torch.randn(2, 4, 3)
     assert hk.hyper_linear(x, hidden, head, out_features=10, backend="triton").shape == (*shape[:-1], 10)
+
+
+def test_offsets_past_2_to_the_31():
+    """Views of memory that is never touched between."""
+    memory, far = torch.empty((1 << 31) + 4096, dtype=torch.float16), 1 << 30
+    rows = memory.as_strided((3, 24), (far, 1))
+    features = memory.as_strided((3, 24), (1, (1 << 31) // 24 + 1), 512)
+    head = memory.as_strided((3, 5, 6), (far, 6, 1), 1024)
+    hidden = memory.as_strided((3, 4, 3), (far, 3, 1), 2048)
+    dy = memory.as_strided((3, 15), (far, 1), 3072)
+    for view in (rows, features, head, hidden, dy):
+        view.normal_()
+    for x in (rows, features):
+        for order in ORDERS:
+            found = []
+            for tensors in ((x, hidden, head, dy), tuple(v.clone() for v in (x, hidden, head, dy))):
+                *leaves, cotangent = (v.detach().requires_grad_() for v in tensors)
+                y = hk.hyper_linear(*leaves, order=order, backend="triton")
+                found.append((y, *torch.autograd.grad(y, leaves, cotangent.detach())))
+            for got, wanted in zip(*found):
+                assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("contexts", ["shared", "additive_ids"])
+def test_compiled_without_a_graph_break(contexts):
+    problem = make_problem(contexts, dtype=torch.float32)
+    compiled = torch.compile(partial(problem.call, backend="triton"), backend="aot_eager", fullgraph=True)
+    dy = torch.randn_like(problem.call(*problem.tensors))
+    y = compiled(*problem.tensors)
+    wanted = gradients(problem, problem.tensors, dy, backend="triton")
+    for got, want in zip((y, *torch.autograd.grad(y, problem.tensors, dy)), wanted):
+        torch.testing.assert_close(got, want)
 
 
 def test_what_it_cannot_do(monkeypatch):
