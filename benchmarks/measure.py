@@ -14,6 +14,7 @@ import torch
 
 import hyperkernels as hk
 
+WARM_S = 0.01
 Contestants = dict[str, Callable[[], Any]]
 
 
@@ -28,9 +29,17 @@ class Quantiles(NamedTuple):
         return cls(*(1e3 * ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8)))
 
 
-def timed(call: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of one call, after one that is not timed: what the contestant before left in the caches is gone."""
+def warm(call: Callable[[], Any]) -> None:
+    """Calls for ten ms, once at least: what the contestant before left in the caches is gone, and the threads are up."""
+    end = time.perf_counter() + WARM_S
     call()
+    while time.perf_counter() < end:
+        call()
+
+
+def timed(call: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call, warm."""
+    warm(call)
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """`make bench`: ratios of time and memory, every case right before it is fast.
 
-Each round runs every contestant in turn, in one process, so that whatever else the machine does hits all of them.
+Each round runs every contestant in turn, in one process, so that whatever else the machine does hits all of them; each
+is warm when it is timed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CPU_CASES, OURS
-from measure import Quantiles, timed
+from measure import Quantiles, timed, warm
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperkernels.testing import peak_bytes
@@ -33,7 +34,7 @@ def test_case(benchmark, name):
     def baselines_in_turn() -> None:
         for baseline, times in seconds.items():
             times.append(timed(case.contestants[baseline]))
-        ours()
+        warm(ours)
 
     benchmark.pedantic(ours, setup=baselines_in_turn, rounds=ROUNDS)
     with FlopCounterMode(display=False) as counter:
