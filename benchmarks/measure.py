@@ -30,7 +30,7 @@ class Quantiles(NamedTuple):
 
 
 def warm(call: Callable[[], Any]) -> None:
-    """Calls for ten ms, once at least: what the contestant before left in the caches is gone, and the threads are up."""
+    """Calls for ten ms, once at least: what the contestant before left in the caches is gone, the threads are up."""
     end = time.perf_counter() + WARM_S
     call()
     while time.perf_counter() < end:

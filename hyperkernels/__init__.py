@@ -5,6 +5,7 @@ from hyperkernels.explaining import Explanation, explain
 from hyperkernels.flops import register_flops
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
+from hyperkernels.kernels.tuning import set_tuning
 from hyperkernels.nn import HyperLinear, context
 from hyperkernels.planner import set_workspace_mib
 from hyperkernels.swap import HyperConfig, SwapReport, hyperize_, merge_
@@ -26,5 +27,6 @@ __all__ = [
     "hyperize_",
     "merge_",
     "nn",
+    "set_tuning",
     "set_workspace_mib",
 ]

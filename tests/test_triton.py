@@ -5,6 +5,8 @@ On a CUDA device the other tests run them for real, as one of the engines.
 
 from __future__ import annotations
 
+import json
+from dataclasses import astuple
 from functools import partial
 
 import pytest
@@ -17,6 +19,7 @@ from hyperkernels.call import ORDERS, Call
 from hyperkernels.chunking import Grid
 from hyperkernels.form import canonical_form
 from hyperkernels.hidden import ACTIVATIONS
+from hyperkernels.kernels import tuning
 from hyperkernels.kernels.roles import roles_of, sizes_of
 from hyperkernels.kernels.tiles import CHIPS, Tile, chip_of, tile_for, work_of
 from hyperkernels.testing import assert_no_worse_than_eager
@@ -203,6 +206,52 @@ def test_tiles_fit(capability, shape):
                     assert work.shared_bytes(dtype.itemsize, tile.stages) <= chip.shared_bytes
                     assert 1 <= tile.splits <= work.splits
                     assert time_us > 0
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    """The tiles that were timed; the last is always the fastest."""
+    timed = []
+
+    def time_s(run, tile):
+        timed.append(tile)
+        run(tile)()
+        return 1.0 / len(timed)
+
+    monkeypatch.setattr(tuning, "_time_s", time_s)
+    yield timed
+    hk.set_tuning(None)
+
+
+def test_tuning_keeps_the_fastest_tile(tmp_path, timings):
+    hidden, head = torch.randn(5, 4, 3), torch.randn(3, 8, 16)
+
+    def check_rows(rows):
+        x = torch.randn(rows, 64)
+        y = hk.hyper_linear(x, hidden, head, order="head_first", backend="triton")
+        torch.testing.assert_close(y, hk.hyper_linear(x, hidden, head, backend="reference"), rtol=1e-4, atol=1e-4)
+
+    check_rows(5)
+    assert not timings
+    hk.set_tuning(tmp_path / "tiles")
+    check_rows(5)
+    assert 1 < len(timings) <= 8
+    assert list(json.loads((tmp_path / "tiles" / "tiles.json").read_text()).values()) == [list(astuple(timings[-1]))]
+    count = len(timings)
+    check_rows(8)  # of the same bucket
+    hk.set_tuning(tmp_path / "tiles")  # as a new process would
+    check_rows(6)
+    assert len(timings) == count
+    check_rows(9)
+    assert len(timings) > count
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"a": [1, 2]}'])
+def test_a_damaged_table_of_tiles_is_left_alone(tmp_path, text):
+    (tmp_path / "tiles.json").write_text(text)
+    with pytest.raises(ValueError, match="not a table of tiles"):
+        hk.set_tuning(tmp_path)
+    assert (tmp_path / "tiles.json").read_text() == text
 
 
 def test_numbers_of_rows_up_to_a_power_of_two_share_a_tile():

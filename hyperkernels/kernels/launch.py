@@ -11,6 +11,7 @@ from torch import Tensor
 from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call
 from hyperkernels.chunking import ceil_div
+from hyperkernels.kernels import tuning
 from hyperkernels.kernels.chain import contract_rows, contract_sums
 from hyperkernels.kernels.generate import generate_rows, generate_sums
 from hyperkernels.kernels.operands import Batch, Factor, Features
@@ -122,9 +123,11 @@ class Recipe(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def recipe(call: Call, order: str, out: str, chip: Chip, tf32: bool, _workspace: int) -> Recipe:
+def recipe(
+    call: Call, order: str, out: str, chip: Chip, tf32: bool, _workspace: int, tile: Tile | None = None
+) -> Recipe:
     roles, sizes = roles_of(call, order, out), sizes_of(call, order, out)
-    tile, _ = tile_for(sizes, chip)
+    tile = tile or tile_for(sizes, chip)[0]
     blocks = ((sizes.S, tile.BS), (sizes.M, tile.BK), (sizes.O, tile.BO), (sizes.N, tile.BN))
     keywords: dict[str, Any] = {
         "ACTIVATION": call.activation,
@@ -154,11 +157,23 @@ def recipe(call: Call, order: str, out: str, chip: Chip, tf32: bool, _workspace:
     )
 
 
-def prepare(call: Call, order: str, out: str, factors: dict[str, Tensor], mapped: Mapped | None, chip: Chip) -> Launch:
-    """What computes the partial of phi by the slot `out`."""
+def prepare(
+    call: Call,
+    order: str,
+    out: str,
+    factors: dict[str, Tensor],
+    mapped: Mapped | None,
+    chip: Chip,
+    tile: Tile | None = None,
+) -> Launch:
+    """What computes the partial of phi by the slot `out`; the tile is planned, or tuned where that is asked for."""
+    if tile is None and tuning.enabled():
+        tile = tuning.tuned_tile(
+            sizes_of(call, order, out), chip, lambda tile: prepare(call, order, out, factors, mapped, chip, tile).run
+        )
     tf32 = call.dtype == torch.float32 and tf32_allowed()
     roles, sizes, tile, (tiles_s, tiles_k, tiles_o, tiles_n), keywords, view_u, view_f, view_w, view_v = recipe(
-        call, order, out, chip, tf32, workspace_bytes()
+        call, order, out, chip, tf32, workspace_bytes(), tile
     )
     batch, tiles_b = batch_of(call, mapped, tile.BT)
     name = "chunks" if sizes.additive else out

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import inf
+from heapq import nsmallest
 from typing import NamedTuple
 
 from hyperkernels.chunking import ceil_div
@@ -45,6 +45,7 @@ CHIPS = {  # by compute capability
 LAUNCH_US, STEP_US = 4.0, 0.3
 ACCESS_BYTES = 16
 WIDE = 64  # rows of a tensor core's own tile
+LEADING = 8  # tiles that are worth timing, where tiles are timed
 LEAST, MOST_ROWS, MOST_COLUMNS, MOST_DEPTH = 16, 128, 256, 256  # of a product on tensor cores
 
 
@@ -229,39 +230,51 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[tuple[Tile, Work]]:
 
 
 def tile_for(sizes: Sizes, chip: Chip) -> tuple[Tile, float]:
-    """The tile, with as many programs to a sum as it takes to give every multiprocessor one; and the time that the
-    model expects, in us. Numbers of rows and contexts below the same power of two share a tile."""
-    tile = _search(
-        sizes._replace(
-            rows=power_of_two(sizes.rows),
-            contexts=power_of_two(sizes.contexts),
-            planes=_room(sizes.planes),
-            context_planes=_room(sizes.context_planes),
-        ),
-        chip,
+    """The tile that the model thinks fastest, with as many programs to a sum as it takes to give every multiprocessor
+    one; and the time that it expects, in us. Sizes of one `bucket` share a tile."""
+    tile = splits_within(sizes, leading_tiles(sizes, chip)[0])
+    return tile, _time_us(work_of(sizes, tile), sizes.itemsize, tile.splits, chip)
+
+
+def leading_tiles(sizes: Sizes, chip: Chip) -> tuple[Tile, ...]:
+    """The few that the model thinks fastest, best first."""
+    return _leading(bucket(sizes), chip)
+
+
+def splits_within(sizes: Sizes, tile: Tile) -> Tile:
+    """The tile, with no more splits than these sizes have steps."""
+    return replace(tile, splits=max(1, min(tile.splits, work_of(sizes, tile).splits)))
+
+
+def bucket(sizes: Sizes) -> Sizes:
+    """Rows and contexts up to the next power of two; and the room there is then, down to one."""
+    rows, contexts = power_of_two(sizes.rows), power_of_two(sizes.contexts)
+    planes = sizes.planes
+    if sizes.kernel.endswith("_rows"):  # a result has rows too
+        planes = planes * sizes.rows * sizes.contexts // (rows * contexts)
+
+    def room(planes: int) -> int:
+        return 1 << planes.bit_length() - 1 if planes else 0
+
+    return sizes._replace(
+        rows=rows,
+        contexts=contexts,
+        planes=room(planes),
+        context_planes=room(sizes.context_planes * sizes.contexts // contexts),
     )
-    work = work_of(sizes, tile)
-    tile = replace(tile, splits=max(1, min(tile.splits, work.splits)))
-    return tile, _time_us(work, sizes.itemsize, tile.splits, chip)
-
-
-def _room(planes: int) -> int:
-    """The greatest power of two that is no more."""
-    return 1 << planes.bit_length() - 1 if planes else 0
 
 
 @lru_cache(maxsize=4096)
-def _search(sizes: Sizes, chip: Chip) -> Tile:
-    best, least = None, (inf, inf)
+def _leading(sizes: Sizes, chip: Chip) -> tuple[Tile, ...]:
+    found: dict[Tile, tuple[float, float]] = {}
     for tile, work in _fitting(sizes, chip):
         for splits in {1, max(1, min(work.splits, sizes.planes, chip.multiprocessors // work.programs))}:
             time_us = _time_us(work, sizes.itemsize, splits, chip)
             # what the contexts' sums take beyond the workspace comes before time
-            cost = (max(context_planes(sizes, tile, splits) - sizes.context_planes, 0), time_us)
-            if cost < least:
-                best, least = replace(tile, splits=splits), cost
-    assert best is not None, sizes
-    return best
+            over = max(context_planes(sizes, tile, splits) - sizes.context_planes, 0)
+            found[replace(tile, splits=splits)] = (over, time_us)
+    assert found, sizes
+    return tuple(nsmallest(LEADING, found, key=lambda tile: found[tile]))
 
 
 def context_planes(sizes: Sizes, tile: Tile, splits: int) -> int:
