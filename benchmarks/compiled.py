@@ -62,11 +62,11 @@ class Shape(NamedTuple):
     tokens: int
     activation: str = ""
     mapped: bool = False
+    width: int = 32
 
     def call(self, dtype: torch.dtype) -> Call:
-        return Call(
-            self.grid, 32, self.contexts, self.contexts, self.tokens, False, self.mapped, self.activation, dtype, "cuda"
-        )
+        G, T = self.contexts, self.tokens
+        return Call(self.grid, self.width, G, G, T, False, self.mapped, self.activation, dtype, "cuda")
 
 
 SHAPES = {
@@ -78,6 +78,7 @@ SHAPES = {
     "64 contexts of 128": Shape(LARGE, 64, 128),
     "64 mapped contexts": Shape(LARGE, 64, 128, "tanh", mapped=True),
     "fine chunks": Shape(FINE, 1, 4096),
+    "wide hidden layer": Shape(FINE, 1, 4096, width=64),
     "odd": Shape(Grid(31, 29, 7, 5), 3, 5),
     "one of each": Shape(Grid(1, 1, 1, 1), 1, 1),
 }

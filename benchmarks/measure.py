@@ -29,19 +29,20 @@ class Quantiles(NamedTuple):
         return cls(*(1e3 * ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8)))
 
 
-def warm(call: Callable[[], Any]) -> None:
+def warm(call: Callable[[], Any], device: str = "cpu") -> None:
     """Calls for ten ms, once at least: what the contestant before left in the caches is gone, the threads are up."""
     end = time.perf_counter() + WARM_S
-    call()
-    while time.perf_counter() < end:
+    while True:
         call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if time.perf_counter() >= end:
+            return
 
 
 def timed(call: Callable[[], Any], device: str = "cpu") -> float:
     """Seconds of one call, warm."""
-    warm(call)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    warm(call, device)
     start = time.perf_counter()
     call()
     if device == "cuda":

@@ -9,12 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter
-
 OURS = "hyperkernels"
 CLOSE = 1.15  # an order picked that takes this much of the best one's time is picked well
 MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -126,6 +120,12 @@ def details(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib  # only to draw: tables are for machines without it too
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
+
     cases = [case for case in cases_of(results) if "times" in case]
     figure, axes = plt.subplots(len(cases), 1, squeeze=False, figsize=(7, 1.3 * len(cases)), layout="constrained")
     for axis, case in zip(axes.flat, cases):

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-report = pytest.importorskip("report", reason="drawing needs matplotlib")
+pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+report = pytest.importorskip("report")
 
 
 def run(*command):

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONTEXTS, gradients, make_problem
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import hyperkernels as hk
 from hyperkernels.backends import native_cpu
@@ -23,6 +21,10 @@ from hyperkernels.call import ORDERS
 from hyperkernels.chunking import Grid
 from hyperkernels.hidden import ACTIVATIONS
 from hyperkernels.testing import FLOOR, assert_no_worse_than_eager, error
+
+pytest.importorskip("hypothesis", reason="the fuzz tests need hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTION_SETS = native_cpu._cpu.instruction_sets() if native_cpu._cpu else []
@@ -192,7 +194,8 @@ def test_the_dense_baseline_and_instruction_sets_agree(inputs, rows):
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("contexts", CONTEXTS)
 def test_any_number_of_threads_and_the_same_bits_again(contexts, threads):
-    problem = make_problem(contexts, Grid(60, 90, 8, 16), 8, tokens=30, dtype=torch.float32)
+    # rows enough for threads to take them as they come free
+    problem = make_problem(contexts, Grid(60, 90, 8, 16), 8, tokens=300, dtype=torch.float32)
     dy = torch.randn_like(problem.call(*problem.tensors))
     wanted = gradients(problem, problem.tensors, dy, backend="reference")
     with running_with(threads, 64):
@@ -201,7 +204,18 @@ def test_any_number_of_threads_and_the_same_bits_again(contexts, threads):
             again = gradients(problem, problem.tensors, dy, backend="cpu", order=order)
             assert all(torch.equal(a, b) for a, b in zip(first, again))
             for got, want in zip(first, wanted):
-                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+                assert error(got, want.double()).rms < 1e-5
+
+
+@pytest.mark.parametrize("grid", [Grid(64, 16, 4, 16), Grid(16, 64, 16, 4)], ids=["one_column", "one_row"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_contexts_of_a_narrow_intermediate(order, grid):
+    """All that is left of the intermediate's depth is a context's rows."""
+    problem = make_problem("per_entry", grid, 1, tokens=3, dtype=torch.float32)
+    dy = torch.randn_like(problem.call(*problem.tensors))
+    wanted = gradients(problem, problem.tensors, dy, backend="reference")
+    for got, want in zip(gradients(problem, problem.tensors, dy, backend="cpu", order=order), wanted):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("threads", [2, 4])

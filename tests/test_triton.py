@@ -153,6 +153,14 @@ def test_compiled_without_a_graph_break(contexts):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(("width", "rows"), [(0, 3), (2, 0)])
+def test_nothing_to_sum(width, rows):
+    leaves = [torch.randn(size, requires_grad=True) for size in ((rows, 7), (3, 3, width), (width, 4, 3))]
+    y = hk.hyper_linear(*leaves, backend="triton")
+    assert not y.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(y.sum(), leaves))
+
+
 def test_what_it_cannot_do(monkeypatch):
     problem = make_problem()
     with pytest.raises(ValueError, match=r"'triton' cannot do this call: it has no torch\.float64"):

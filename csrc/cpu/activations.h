@@ -40,9 +40,9 @@ inline Floats where(Ints condition, Floats a, Floats b) { return condition ? a :
 inline double where(bool condition, double a, double b) { return condition ? a : b; }
 template <class T>
 inline T not_negative(T x) { return where(x < 0.0f, T{}, x); }  // NaN stays NaN
-#if defined(__AVX512F__)  // one instruction, which gcc does not make of the above
+#if defined(__AVX512F__) && HK_VECTOR_BYTES == 64  // one instruction, which gcc does not make of the above
 inline Floats not_negative(Floats x) { return _mm512_max_ps(Floats{}, x); }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && HK_VECTOR_BYTES == 32
 inline Floats not_negative(Floats x) { return _mm256_max_ps(Floats{}, x); }
 #endif
 inline Floats all(float x) { return Floats{} + x; }

@@ -2,7 +2,7 @@
 //
 // `kernels.cpp` is compiled once per instruction set; nothing else is. A product of `rows x depth` and
 // `depth x lanes` is cut into tiles that stay in registers: a few rows, each a broadcast number, by a few vectors.
-// Both operands are packed first, so that a tile reads each as one stream.
+// Operands are packed first, so that a tile reads each as one stream, but for those that lie so already.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,8 @@ struct Kernels {
     // One vector wide and as many sums high, so that all rows share what is formed: its vectors are those of an additive
     // hidden layer, formed on the way. By activation (identity, relu) and rows - 1.
     Tile tall[2][max_rows * max_vectors];
-    // A panel [deep.n, padded] of numbers base[own + deep], zero beyond own.n and, with a limit, past the row's end.
+    // A panel [deep.n, padded] of numbers base[own + deep], and zero, with a limit, past the row's end; beyond own.n
+    // it is anything.
     void (*pack[3])(const void* base, Side own, Side deep, int64_t limit, int64_t padded, void* panel);
     // A panel of activation(chunks[d, l] + deep[d]) from a panel of sums, or with no deep of (chunks[d, l] + own[l]).
     void (*form)(Activation, const void* chunks, const void* deep, const void* own, int64_t depth, int64_t padded,

@@ -191,8 +191,10 @@ Operand Worker::operand(const Product& product, int side, const Ranges& ranges, 
     Operand operand{nullptr, {kernels(), count(product.own[side], ranges), product.lanes == side, product.tall}};
     operand.pitch = product.slots[side] == FORMED && kernels().depth == 1 ? pitch(formed_, product.deep, ranges) : 0;
     if (operand.pitch) {
-        enumerate(formed_, product.batch, ranges, placed_);
-        operand.data = formed_.base + placed_.offset[0] * kernels().sum_bytes;
+        int64_t start = 0;
+        for (int l = 0; l < label_count; ++l)
+            if (has(product.batch | product.deep, l)) start += (ranges[l].begin - formed_.origin[l]) * formed_.stride[l];
+        operand.data = formed_.base + start * kernels().sum_bytes;
         enumerate(formed_, product.own[side], ranges, placed_);
         operand.offset = placed_.offset.data();
         if (readable_in_place(operand.cut, operand.offset)) return operand;

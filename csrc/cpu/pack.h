@@ -57,8 +57,9 @@ inline void turn(Vector (&square)[lanes]) {
     if constexpr (2 * step < lanes) turn<2 * step>(square);
 }
 
-// Returns how much of the depth was packed: up to where no vector of it lies side by side. The last lanes of a square may lie past `padded`: there the next depths begin,
-// which are written after them, but at the panel's end only what belongs to it is written.
+// Returns how much of the depth was packed: up to where no vector of it lies side by side. The last lanes of a square may
+// lie past `padded`: there the next depths begin, which are written after them; but at the panel's end only what belongs
+// to it is written.
 template <class T>
 int64_t pack_squares(const T* base, Side own, Side deep, int64_t padded, T* panel) {
     constexpr int lanes = HK_VECTOR_BYTES / sizeof(T);

@@ -1,4 +1,4 @@
-// One product of two packed operands, and the panels that they are packed in.
+// One product of two operands, and the panels that they are packed in.
 #pragma once
 
 #include <algorithm>

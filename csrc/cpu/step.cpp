@@ -30,7 +30,7 @@ Product Step::product(int left, int right, int out) const {
 
 // Whether with this side in vectors they are of the index of chunks of y or dx, which is not innermost there.
 bool Step::turned(const Product& product, int side) const {
-    return product.own[side] == (product.out == Y ? set(I) : product.out == X ? set(J) : 0);
+    return (product.out == Y && product.own[side] == set(I)) || (product.out == X && product.own[side] == set(J));
 }
 
 bool Step::per_context(const Product& product) const {

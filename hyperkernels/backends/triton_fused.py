@@ -83,7 +83,8 @@ def estimate(call: Call, step: Step) -> tuple[float, int]:
         tile, time_us = tile_for(sizes, _chip(call.device))
         total_us += time_us
         result = prod(call.shape("chunks" if sizes.additive else slot))
-        sums = tile.splits * result if tile.splits > 1 else 0
-        sums += context_planes(sizes, tile, tile.splits) * call.contexts * call.width
+        sums = (tile.splits + 1) * result if tile.splits > 1 else 0  # and the sum of the planes
+        if sizes.additive:
+            sums += (context_planes(sizes, tile, tile.splits) + 1) * call.contexts * call.width
         workspace = max(workspace, 4 * sums)
     return total_us, workspace

@@ -167,11 +167,14 @@ def prepare(
     tile: Tile | None = None,
 ) -> Launch:
     """What computes the partial of phi by the slot `out`; the tile is planned, or tuned where that is asked for."""
+    tf32 = call.dtype == torch.float32 and tf32_allowed()
     if tile is None and tuning.enabled():
         tile = tuning.tuned_tile(
-            sizes_of(call, order, out), chip, lambda tile: prepare(call, order, out, factors, mapped, chip, tile).run
+            sizes_of(call, order, out),
+            chip,
+            "tf32" if tf32 else str(call.dtype),
+            lambda tile: prepare(call, order, out, factors, mapped, chip, tile).run,
         )
-    tf32 = call.dtype == torch.float32 and tf32_allowed()
     roles, sizes, tile, (tiles_s, tiles_k, tiles_o, tiles_n), keywords, view_u, view_f, view_w, view_v = recipe(
         call, order, out, chip, tf32, workspace_bytes(), tile
     )

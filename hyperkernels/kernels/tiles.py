@@ -46,7 +46,7 @@ LAUNCH_US, STEP_US = 4.0, 0.3
 ACCESS_BYTES = 16
 WIDE = 64  # rows of a tensor core's own tile
 LEADING = 8  # tiles that are worth timing, where tiles are timed
-LEAST, MOST_ROWS, MOST_COLUMNS, MOST_DEPTH = 16, 128, 256, 256  # of a product on tensor cores
+LEAST, MOST_ROWS, MOST_COLUMNS = 16, 128, 256  # of a product on tensor cores
 
 
 def chip_of(capability: tuple[int, int]) -> Chip:
@@ -200,7 +200,7 @@ def _candidates(sizes: Sizes, chip: Chip) -> Iterator[Tile]:
                         for BN in powers(sizes.N, LEAST, MOST_COLUMNS):
                             yield Tile(BT, BS, BK, BO, BN, BD)
     else:
-        BK = min(max(power_of_two(sizes.M), LEAST), 64)
+        BK = min(max(power_of_two(sizes.M), LEAST), widest, 64)
         for BT in powers(sizes.rows, LEAST):
             for BN in powers(sizes.N, LEAST):
                 for BO in powers(sizes.O, 1, MOST_COLUMNS // BN):
@@ -268,7 +268,7 @@ def bucket(sizes: Sizes) -> Sizes:
 def _leading(sizes: Sizes, chip: Chip) -> tuple[Tile, ...]:
     found: dict[Tile, tuple[float, float]] = {}
     for tile, work in _fitting(sizes, chip):
-        for splits in {1, max(1, min(work.splits, sizes.planes, chip.multiprocessors // work.programs))}:
+        for splits in {1, max(1, min(work.splits, sizes.planes, chip.multiprocessors // max(work.programs, 1)))}:
             time_us = _time_us(work, sizes.itemsize, splits, chip)
             # what the contexts' sums take beyond the workspace comes before time
             over = max(context_planes(sizes, tile, splits) - sizes.context_planes, 0)

@@ -55,11 +55,11 @@ def enabled() -> bool:
     return _folder is not None and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def tuned_tile(sizes: Sizes, chip: Chip, run: Callable[[Tile], Callable[[], object]]) -> Tile:
-    """The kept tile, or the fastest of the model's leading ones; `run(tile)` gives what to time."""
+def tuned_tile(sizes: Sizes, chip: Chip, numbers: str, run: Callable[[Tile], Callable[[], object]]) -> Tile:
+    """The kept tile, or the fastest of the model's leading ones; `run(tile)` gives what to time, of `numbers`."""
     assert _folder is not None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
-    key = f"{device} {tuple(bucket(sizes))}"
+    key = f"{device} {numbers} {tuple(bucket(sizes))}"
     if key not in _kept:
         times = {tile: _time_s(run, tile) for tile in leading_tiles(sizes, chip)}
         _kept[key] = list(astuple(min(times, key=lambda tile: times[tile])))
