@@ -146,17 +146,7 @@ def sanitized() -> dict[str, Any]:
         return {}
     apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else it takes torch's pool for one allocation
     found: dict[str, Any] = {}
-    tests = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_hyper_linear.py",
-        "-k",
-        SANITIZED,
-    ]
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/test_hyper_linear.py", "-k", SANITIZED]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", *tests]
         try:

@@ -231,7 +231,7 @@ def timings(monkeypatch):
     hk.set_tuning(None)
 
 
-def test_tuning_keeps_the_fastest_tile(tmp_path, timings):
+def test_tuning_keeps_the_fastest_tile(tmp_path, timings, monkeypatch):
     hidden, head = torch.randn(5, 4, 3), torch.randn(3, 8, 16)
 
     def check_rows(rows):
@@ -250,6 +250,11 @@ def test_tuning_keeps_the_fastest_tile(tmp_path, timings):
     hk.set_tuning(tmp_path / "tiles")  # as a new process would
     check_rows(6)
     assert len(timings) == count
+    monkeypatch.setattr(tuning, "capturing", lambda: True)
+    check_rows(5)
+    check_rows(9)  # new, and there is no time to be had
+    assert len(timings) == count
+    monkeypatch.setattr(tuning, "capturing", lambda: False)
     check_rows(9)
     assert len(timings) > count
 

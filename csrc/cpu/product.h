@@ -12,7 +12,8 @@ constexpr int64_t depth_block = 256;  // of a panel that stays in the nearest ca
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How one side of a product is cut: into panels of nearly equal width, of rows or of whole vectors, for tall tiles or not.
+// How one side of a product is cut: into panels of nearly equal width, of rows or of whole vectors, for tall tiles or
+// not.
 struct Cut {
     int64_t n, unit, count;
 

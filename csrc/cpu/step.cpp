@@ -71,7 +71,8 @@ double Step::cost(const Product& product, int side) const {
                     (formed ? depth : 0));
 }
 
-// Whether the product's tiles read this side where it was formed: whole runs of its innermost label are theirs.
+// Whether as a rule the product's tiles read this side where it was formed, as `Worker::operand` finds for a block: whole
+// runs of its innermost label are theirs.
 bool Step::in_place(const Product& product, int side) const {
     int innermost = T;
     for (int l = 0; l < label_count; ++l)
@@ -201,11 +202,9 @@ Step::Step(const Shape& shape, std::array<int, 2> forms, const std::vector<int>&
             prepared_bytes_ += bytes;
         }
         size_t out_bytes = aligned_up(elements(labels(p.out)) * kernels_->sum_bytes);
+        if (p.turned) turned_bytes_ = aligned_up(elements(labels(p.out)) / shape_.block[T] * kernels_->sum_bytes);
         if (p.out == FORMED) formed_bytes_ = out_bytes;
-        else if (has(labels(p.out), T)) {
-            sums_bytes_ = out_bytes;
-            if (p.turned) turned_bytes_ = aligned_up(elements(labels(p.out)) / shape_.block[T] * kernels_->sum_bytes);
-        }
+        else if (has(labels(p.out), T)) sums_bytes_ = out_bytes;
         else if (p.out == HIDDEN && additive) tile_bytes_ = out_bytes;
     }
     // The context's part along a side of a product, padded to whole vectors.

@@ -1,14 +1,14 @@
 """Which tile a kernel runs with: the cheapest of those that fit the chip, by a model of what one program does.
 
-No timing, at run time or before. What a tile must fit (registers, shared memory) and what it costs (products, bytes
-from the cache, waves of programs) follow from the shape; the constants are the chip's.
+No timing, at run time or before, but where `tuning` is asked for. What a tile must fit (registers, shared memory) and
+what it costs (products, bytes from the cache, waves of programs) follow from the shape; the constants are the chip's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from heapq import nsmallest
 from typing import NamedTuple
 
@@ -110,7 +110,7 @@ class Work(NamedTuple):
     held: int
     programs: int
     splits: int
-    activated: int = 0
+    activated: int
 
     def shared_bytes(self, itemsize: int, stages: int) -> int:
         """Operands in flight, and the intermediate on its way from one product to the next."""
@@ -127,11 +127,6 @@ class Work(NamedTuple):
 
 
 def work_of(sizes: Sizes, t: Tile) -> Work:
-    numbers = {"f": t.BO * t.BK * t.BD, "w": t.BS * t.BK * t.BN, "": 0}
-    return _work_of(sizes, t)._replace(activated=numbers[sizes.activated])
-
-
-def _work_of(sizes: Sizes, t: Tile) -> Work:
     rows = ceil_div(sizes.rows, t.BT)
     S, M, O, N, D = (
         ceil_div(size, block)
@@ -142,25 +137,26 @@ def _work_of(sizes: Sizes, t: Tile) -> Work:
     in_u, in_f, in_w, in_v = (
         numbers // min(block[run], ACCESS_BYTES // sizes.itemsize) for numbers, run in zip((u, f, w, v), sizes.runs)
     )
+    work = partial(Work, activated={"f": f, "w": w, "": 0}[sizes.activated])
     apart = sizes.contexts if sizes.by_context else 1
     together = sizes.contexts // apart
     if sizes.kernel == "contract_rows":
         inner, outer, steps = (t.BT * t.BS, t.BK * t.BO, t.BD), (t.BT * t.BO, t.BN, t.BS * t.BK), S * M
         programs = sizes.contexts * rows * N * O
         if S == D == 1:
-            return Work(inner, D, f, in_f, outer, steps, w, in_w, u, programs, steps)
-        return Work(inner, D, u + f, in_u + in_f, outer, steps, w, in_w, 0, programs, steps)
+            return work(inner, D, f, in_f, outer, steps, w, in_w, u, programs, steps)
+        return work(inner, D, u + f, in_u + in_f, outer, steps, w, in_w, 0, programs, steps)
     if sizes.kernel == "contract_sums":
         inner, outer = (t.BT * t.BS, t.BK * t.BO, t.BD), (t.BS * t.BK, t.BN, t.BT * t.BO)
         tiles, programs = together * rows, S * M * N * apart
-        return Work(inner, D, u + f, in_u + in_f, outer, tiles * O, v, in_v, 0, programs, tiles)
+        return work(inner, D, u + f, in_u + in_f, outer, tiles * O, v, in_v, 0, programs, tiles)
     if sizes.kernel == "generate_rows":
         inner, outer, steps = (t.BN, t.BO * t.BD, t.BK), (t.BT, t.BN * t.BO, t.BD), sizes.S * D
         programs = sizes.contexts * rows * N * O
-        return Work(inner, M, w + f, in_w + in_f, outer, steps, u, in_u, 0, programs, steps)
+        return work(inner, M, w + f, in_w + in_f, outer, steps, u, in_u, 0, programs, steps)
     inner, outer, steps = (t.BN * t.BO, t.BD, t.BT), (t.BN, t.BK, t.BO * t.BD), O * D
     programs = sizes.S * M * N * apart
-    return Work(inner, rows, u + v, in_u + in_v, outer, together * steps, f, in_f, 0, programs, steps)
+    return work(inner, rows, u + v, in_u + in_v, outer, together * steps, f, in_f, 0, programs, steps)
 
 
 def _time_us(work: Work, itemsize: int, splits: int, chip: Chip) -> float:

@@ -23,7 +23,7 @@ def set_tuning(folder: str | Path | None) -> None:
 
     Without (None, as it is to begin with) tiles follow from the shape and the chip alone, and nothing is timed. Shapes
     whose numbers of rows and contexts fall below the same powers of two share a tile. Nothing is timed while a CUDA
-    graph is captured.
+    graph is captured: a shape that is new then goes by the model.
 
     Args:
         folder: where `tiles.json` is kept, made if it is not there; None to go by the model again.
@@ -52,15 +52,22 @@ def set_tuning(folder: str | Path | None) -> None:
 
 
 def enabled() -> bool:
-    return _folder is not None and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return _folder is not None
 
 
-def tuned_tile(sizes: Sizes, chip: Chip, numbers: str, run: Callable[[Tile], Callable[[], object]]) -> Tile:
-    """The kept tile, or the fastest of the model's leading ones; `run(tile)` gives what to time, of `numbers`."""
+def capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def tuned_tile(sizes: Sizes, chip: Chip, numbers: str, run: Callable[[Tile], Callable[[], object]]) -> Tile | None:
+    """The kept tile, or the fastest of the model's leading ones; None where there is none and nothing may be timed.
+    `run(tile)` gives what to time, of `numbers`."""
     assert _folder is not None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
     key = f"{device} {numbers} {tuple(bucket(sizes))}"
     if key not in _kept:
+        if capturing():
+            return None
         times = {tile: _time_s(run, tile) for tile in leading_tiles(sizes, chip)}
         _kept[key] = list(astuple(min(times, key=lambda tile: times[tile])))
         part = _folder / f"{FILE}.part"
