@@ -93,6 +93,9 @@ def test_activations_over_their_range(dtype, activation, name, monkeypatch):
             assert_no_worse_than_eager(output, *values)
 
 
+LAYOUTS = ("contiguous", "every other", "transposed", "first expanded", "last expanded")
+
+
 @st.composite
 def problems(draw):
     """A problem of any shape, how its factors lie in memory, and the settings that it runs with."""
@@ -109,7 +112,7 @@ def problems(draw):
         dtype=draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16])),
         seed=draw(st.integers(0, 9)),
     )
-    strided = [draw(st.sampled_from(["contiguous", "every other", "transposed", "expanded"])) for _ in problem.tensors]
+    strided = [draw(st.sampled_from(LAYOUTS)) for _ in problem.tensors]
     order = draw(st.sampled_from([None, *ORDERS]))
     return problem, strided, order, draw(st.sampled_from([1, 2, 5])), draw(st.sampled_from([1, 64]))
 
@@ -121,8 +124,10 @@ def laid_out(value: torch.Tensor, how: str) -> torch.Tensor:
         return value.repeat_interleave(2, -1)[..., ::2]
     if how == "transposed":
         return value.transpose(0, -1).contiguous().transpose(0, -1)
-    if how == "expanded":
+    if how == "first expanded":
         return value[:1].expand_as(value)
+    if how == "last expanded":
+        return value[..., :1].expand_as(value)
     return value
 
 

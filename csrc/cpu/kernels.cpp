@@ -25,9 +25,12 @@ void tile(int64_t depth, const Strip& row_strip, const Strip& lane_strip, void* 
     auto a = static_cast<const typename Kind::Packed*>(row_strip.data);
     auto b = static_cast<const typename Kind::Packed*>(lane_strip.data);
     auto context = static_cast<const Sum*>(lane_strip.context);
-    int64_t row_pitch = row_strip.pitch, lane_pitch = lane_strip.pitch, apart = lane_strip.apart;
+    int64_t row_apart = row_strip.apart, apart = lane_strip.apart;
+    const typename Kind::Packed* fours[(rows + 3) / 4];  // few enough for the registers that hold addresses
+#pragma GCC unroll 7
+    for (int n = 0; n < (rows + 3) / 4; ++n) fours[n] = a + 4 * n * row_apart;
     Sums sum[rows][vectors] = {};
-    for (int64_t d = 0; d < depth; ++d, a += row_pitch, b += lane_pitch) {
+    for (int64_t d = 0; d < depth; ++d, b += lane_strip.pitch) {
         typename Kind::Vector across[vectors];
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) {
@@ -37,8 +40,11 @@ void tile(int64_t depth, const Strip& row_strip, const Strip& lane_strip, void* 
 #pragma GCC unroll 28
         for (int w = 0; w < rows; ++w) {
 #pragma GCC unroll 2
-            for (int v = 0; v < vectors; ++v) sum[w][v] = Kind::multiply(a[w], across[v], sum[w][v]);
+            for (int v = 0; v < vectors; ++v)
+                sum[w][v] = Kind::multiply(fours[w / 4][w % 4 * row_apart], across[v], sum[w][v]);
         }
+#pragma GCC unroll 7
+        for (int n = 0; n < (rows + 3) / 4; ++n) fours[n] += row_strip.pitch;
     }
     auto out = static_cast<Sum*>(out_);
 #pragma GCC unroll 28

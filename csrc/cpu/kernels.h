@@ -23,8 +23,8 @@ struct Side {
     const int64_t *offset, *feature;
 };
 
-// A tile's part of an operand: depth d's rows lie side by side from `data[d * pitch]`; its vectors too, the second
-// `apart` from the first. With `context`, one number per depth, what lies there is the chunks' part.
+// A tile's part of an operand: depth d's rows lie from `data[d * pitch]`, each `apart` from the one before; so do its
+// vectors. With `context`, one number per depth, what lies there is the chunks' part.
 struct Strip {
     const void* data;
     int64_t pitch, apart;

@@ -63,10 +63,11 @@ int64_t count(Labels labels, const Ranges& ranges) {
 // The constant distance between neighbours among the labels' combinations, or 0 where there is none.
 int64_t pitch(const Layout& layout, Labels labels, const Ranges& ranges) {
     int64_t pitch = 0, next = 0;
+    bool first = true;
     for (int l = label_count; l-- > 0;) {
         if (!has(labels, l)) continue;
-        if (pitch && layout.stride[l] != next) return 0;
-        if (!pitch) pitch = layout.stride[l];
+        if (!first && layout.stride[l] != next) return 0;
+        if (std::exchange(first, false)) pitch = layout.stride[l];
         next = layout.stride[l] * ranges[l].size();
     }
     return pitch;
@@ -151,12 +152,15 @@ void Worker::make_panels(const Product& product, int side, const Ranges& ranges,
 }
 
 void Worker::prepare() {
+    int64_t turn = thread_;  // threads take panels by turns, whatever they are of
     for (const Product& p : step_.products_) {
         for (int side : {0, 1}) {
-            Range mine = share(p.prepared[side], thread_, step_.threads_);
             size_t bytes = step_.prepared_bytes(p, side);
-            for (int64_t n = mine.begin; n < mine.end; ++n) {
+            for (int64_t n = 0; n < p.prepared[side]; ++n) {
+                if (turn++ % step_.threads_) continue;
                 Ranges ranges = step_.ranges_of_prepared(p, side, n);
+                Operand operand{nullptr, {kernels(), count(p.own[side], ranges), p.lanes == side, p.tall}};
+                if (place(p, side, ranges, 0, operand)) continue;
                 char* to = workspace_ + p.prepared_at[side] + n * bytes;
                 if (step_.is_chunks(p.slots[side])) pack_panels(p, side, ranges, 0, true, to);
                 else make_panels(p, side, ranges, 0, to);
@@ -187,19 +191,33 @@ const char* Worker::panels(const Product& product, int side, const Ranges& range
     return to;
 }
 
+// Where an operand lies as the tiles multiply it: what was formed, and evenly spaced rows of what the caller handed over,
+// with nothing cropped. False where it does not.
+bool Worker::place(const Product& product, int side, const Ranges& ranges, int64_t context, Operand& operand) {
+    int slot = product.slots[side];
+    if (!step_.may_place(product, side)) return false;
+    const Layout& layout = slot == FORMED ? formed_ : factors_[slot];
+    Offsets& placed = placed_[side];
+    operand.pitch = pitch(layout, product.deep, ranges);
+    if (!operand.pitch) return false;
+    enumerate(layout, product.batch & step_.labels(slot), ranges, placed);
+    int64_t start = placed.offset[0] + (slot == HIDDEN ? context * layout.lead[0] : 0), feature = placed.feature[0];
+    for (int l = 0; l < label_count; ++l) {
+        if (!has(product.deep, l)) continue;
+        start += (ranges[l].begin - layout.origin[l]) * layout.stride[l];
+        feature += (ranges[l].end - 1) * layout.feature[l];
+    }
+    enumerate(layout, product.own[side], ranges, placed);
+    operand.data = layout.base + start * kernels().packed_bytes;
+    operand.offset = placed.offset.data();
+    if (layout.limit && placed.feature.back() + feature >= layout.limit) return false;
+    return readable_in_place(operand.cut, operand.offset);
+}
+
 Operand Worker::operand(const Product& product, int side, const Ranges& ranges, int64_t context) {
     Operand operand{nullptr, {kernels(), count(product.own[side], ranges), product.lanes == side, product.tall}};
-    operand.pitch = product.slots[side] == FORMED && kernels().depth == 1 ? pitch(formed_, product.deep, ranges) : 0;
-    if (operand.pitch) {
-        int64_t start = 0;
-        for (int l = 0; l < label_count; ++l)
-            if (has(product.batch | product.deep, l)) start += (ranges[l].begin - formed_.origin[l]) * formed_.stride[l];
-        operand.data = formed_.base + start * kernels().sum_bytes;
-        enumerate(formed_, product.own[side], ranges, placed_);
-        operand.offset = placed_.offset.data();
-        if (readable_in_place(operand.cut, operand.offset)) return operand;
-        operand.offset = nullptr;
-    }
+    if (place(product, side, ranges, context, operand)) return operand;
+    operand.offset = nullptr;
     operand.data = panels(product, side, ranges, context);
     if (product.tall && product.lanes == side) {
         operand.activation = shape().activation;

@@ -56,16 +56,18 @@ void scatter(const char* tile_, int64_t rows, int64_t lanes, int64_t stride, cha
 
 Strip Operand::strip(const Kernels& kernels, const char* panel, int64_t start, int64_t width, int64_t depth) const {
     const char* from = context ? context + depth * kernels.sum_bytes : nullptr;
-    if (!offset) return {panel, width, kernels.lanes, from};
-    int64_t apart = width > kernels.lanes ? offset[start + kernels.lanes] - offset[start] : 0;
+    if (!offset) return {panel, width, cut.unit, from};
+    int64_t apart = width > cut.unit ? offset[start + cut.unit] - offset[start] : 0;
     return {data + (offset[start] + depth * pitch) * kernels.packed_bytes, pitch, apart, from};
 }
 
 bool readable_in_place(const Cut& cut, const int64_t* offset) {
     if (cut.padded() != cut.n) return false;
-    for (int64_t p = 0; p < cut.count; ++p)
-        for (int64_t n = cut.start(p) + 1; n < cut.start(p + 1); ++n)
-            if (offset[n] != offset[n - 1] + 1 && (cut.unit == 1 || n % cut.unit)) return false;
+    for (int64_t p = 0; p < cut.count; ++p) {
+        int64_t start = cut.start(p), apart = cut.unit == 1 && start + 1 < cut.n ? offset[start + 1] - offset[start] : 1;
+        for (int64_t n = start + 1; n < cut.start(p + 1); ++n)
+            if (offset[n] != offset[n - 1] + apart && (cut.unit == 1 || n % cut.unit)) return false;
+    }
     return true;
 }
 

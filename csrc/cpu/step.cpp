@@ -71,13 +71,23 @@ double Step::cost(const Product& product, int side) const {
                     (formed ? depth : 0));
 }
 
-// Whether as a rule the product's tiles read this side where it was formed, as `Worker::operand` finds for a block: whole
-// runs of its innermost label are theirs.
+// Whether the product's tiles may read this side where it lies, and not in panels: what was formed, and the rows of a
+// factor that is stored as it is multiplied. `Worker::place` finds whether it lies evenly.
+bool Step::may_place(const Product& product, int side) const {
+    int slot = product.slots[side];
+    if (kernels_->depth != 1 || (slot == HIDDEN && shape_.activation != Activation::none)) return false;
+    return slot == FORMED || (product.lanes != side && bytes_of(shape_.storage) == kernels_->packed_bytes);
+}
+
+// The same, of tensors as they mostly come: contiguous.
 bool Step::in_place(const Product& product, int side) const {
+    if (!may_place(product, side)) return false;
+    Labels own = labels(product.slots[side]);
     int innermost = T;
     for (int l = 0; l < label_count; ++l)
-        if (has(formed_, l)) innermost = l;
-    return product.slots[side] == FORMED && kernels_->depth == 1 && has(product.own[side], innermost) &&
+        if (has(own, l)) innermost = l;
+    if (product.slots[side] != FORMED) return !has(product.deep, T) && has(product.deep, innermost);
+    return has(product.own[side], innermost) &&
            (product.lanes != side || elements(set(Label(innermost))) % kernels_->lanes == 0);
 }
 
@@ -98,8 +108,7 @@ double Step::work(int64_t rows) const {
                 if (p.slots[side] == FORMED || has(labels(p.slots[side]), l)) panels *= blocks_[l];
             double numbers = double(extent(p, p.own[side])) * extent(p, p.deep);
             bool curved = shape_.activation > Activation::relu;
-            if (p.prepared[side]) work += p.prepared[side] * numbers * per_packed;
-            else if (!in_place(p, side)) work += panels * numbers * per_packed;
+            if (!in_place(p, side)) work += (p.prepared[side] ? p.prepared[side] : panels) * numbers * per_packed;
             if (additive && shape_.contexts > 1 && !p.tall)
                 work += panels * numbers * (curved ? per_curve : per_formed);
         }

@@ -129,6 +129,7 @@ class Step {
     double cost(const Product& product, int side) const;
     bool per_context(const Product& product) const;
     bool turned(const Product& product, int side) const;
+    bool may_place(const Product& product, int side) const;
     bool in_place(const Product& product, int side) const;
     Ranges ranges_of_block(int64_t block) const;
     std::array<int64_t, label_count> counts(const Product& product, int side) const;

@@ -44,6 +44,7 @@ class Worker {
                      char* to);
     void make_panels(const Product& product, int side, const Ranges& ranges, int64_t context, char* to);
     const char* panels(const Product& product, int side, const Ranges& ranges, int64_t context);
+    bool place(const Product& product, int side, const Ranges& ranges, int64_t context, Operand& operand);
     Operand operand(const Product& product, int side, const Ranges& ranges, int64_t context);
     const char* context_line(Labels along, const Ranges& ranges, int64_t context, int64_t padded);
     void multiply(const Product& product, const Ranges& ranges, int64_t context);
@@ -69,7 +70,8 @@ class Worker {
     char *formed_base_, *sums_base_, *turned_base_, *tile_base_, *chunk_base_, *line_, *spill_;
     const Product* summing_ = nullptr;
     Ranges summed_{};
-    Offsets own_, deep_, left_, right_, placed_;
+    Offsets own_, deep_, left_, right_;
+    std::array<Offsets, 2> placed_;
 };
 
 }  // namespace hk
