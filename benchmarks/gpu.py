@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,7 +29,9 @@ from measure import Quantiles, ceilings, graphed, machine, timed
 from roofline import roofline
 
 import hyperkernels as hk
-from hyperkernels.backends import plan_call
+from hyperkernels.backends import plan_call, triton_fused
+from hyperkernels.call import SLOTS, Call
+from hyperkernels.chunking import Grid
 from hyperkernels.planner import Plan
 from hyperkernels.testing import peak_bytes
 
@@ -138,6 +141,28 @@ def launch_us(device: str, calls: int = 300) -> dict[str, float]:
     return found
 
 
+def ways_us(device: str, quick: bool, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Each partial for 8192 tokens by one kernel and by two products: what the model expects, and what it takes."""
+    grid, width, tokens = (Grid(64, 64, 4, 32), 8, 16) if quick else (Grid(4096, 4096, 16, 256), 32, 8192)
+    call = Call(grid, width, 1, 1, tokens, dtype=torch.bfloat16, device=device)
+    factors = {slot: torch.randn(call.shape(slot), device=device, dtype=call.dtype) for slot in SLOTS}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for slot in SLOTS:
+        plan = plan_call(call, (slot,), None, "triton")[1]
+        (step,) = plan.steps
+        given = {name: factor for name, factor in factors.items() if name != slot}
+        runs: dict[str, Callable[[], float]] = {}
+        for way in (triton_fused.fused(call, step), triton_fused.products(call, step)):
+            alone = replace(plan, steps=(step._replace(cost=way),))
+            run = partial(triton_fused.contract, call, alone, given, None)
+            runs[way.by] = graphed([run]) if device == "cuda" else partial(timed, run, device)
+            found.setdefault(slot, {})[way.by] = {"expected": way.time_us}
+        seconds = [{by: run() for by, run in runs.items()} for _ in range(rounds)]
+        for by, times in found[slot].items():
+            times["p50"] = 1e6 * sorted(times[by] for times in seconds)[rounds // 2]
+    return found
+
+
 def sanitized() -> dict[str, Any]:
     """A few small tests under each tool of compute-sanitizer, where it is installed."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -219,15 +244,23 @@ def main() -> int:
         results["compute_sanitizer"] = sanitized()
     results["machine_info"]["ceilings"] = ceiling = ceilings(device)
     print(json.dumps(ceiling), flush=True)
-    try:
-        results["launch_us"] = launch_us(device, 20 if arguments.quick else 300)
-        print("us of the CPU for an eager call:", json.dumps(results["launch_us"]), flush=True)
-    except Exception as error:  # the rest is still worth measuring
-        traceback.print_exc()
-        results["failed"].append({"case": "launch_us", "error": str(error)})
-    for name, (make, copies) in cases(device, arguments.quick).items():
+    quick = arguments.quick
+    tables: dict[str, Callable[[], dict[str, Any]]] = {
+        "launch_us": partial(launch_us, device, 20 if quick else 300),
+        "ways_us": partial(ways_us, device, quick, 2 if quick else 20),
+    }
+    for name, table in tables.items():
         try:
-            found = measure(make, copies, device, 2 if arguments.quick else 20, ceiling)
+            results[name] = table()
+        except Exception as error:  # the rest is still worth measuring
+            traceback.print_exc()
+            results["failed"].append({"case": name, "error": str(error)})
+        else:
+            print(f"{name}: {json.dumps(results[name])}", flush=True)
+        save(path, results)
+    for name, (make, copies) in cases(device, quick).items():
+        try:
+            found = measure(make, copies, device, 2 if quick else 20, ceiling)
         except Exception as error:  # the rest is still worth measuring
             traceback.print_exc()
             results["failed"].append({"case": name, "error": str(error)})

@@ -56,27 +56,30 @@ class Explanation:
     def _rows(self, plan: Plan, slot: str) -> list[str]:
         order = plan.order_of(slot)
         step = next(step for step in plan.steps if slot in step.outputs)
-        picked = next(cost for cost in plan.candidates[slot] if cost.order == order)
+        picked = next(option for option in plan.candidates[slot] if option.order == order)
         rows = []
-        for cost in sorted(plan.candidates[slot], key=lambda cost: cost is not picked):
-            if cost is picked:
+        for option in sorted(plan.candidates[slot], key=lambda option: option is not picked):
+            if option is picked:
                 sharers = [OUTPUT[other] for other in step.outputs if other != slot]
                 pair = " and ".join("dy" if name == "y" else name for name in step.forms)
                 why = f"picked: forms [{','.join(plan.call.intermediate(order))}] from {pair}"
-                why += f", shared with {', '.join(sharers)}" * bool(sharers)
+                why += f", shared with {', '.join(sharers)}" * bool(sharers) + f", by {step.cost.by}" * bool(
+                    step.cost.by
+                )
             elif self.forced_order:
                 why = f"order={self.forced_order!r} was asked for"
             else:
-                why = _comparison(cost, picked)
+                why = _comparison(option, picked)
             rows.append(
-                f"{OUTPUT[slot] if cost is picked else '':8} {cost.order:13} {_si(cost.flops):>8} "
-                f"{_si(cost.bytes_moved):>8} {cost.workspace_bytes / 2**20:>6.1f} MiB {cost.time_us:>8.0f} us  {why}"
+                f"{OUTPUT[slot] if option is picked else '':8} {option.order:13} {_si(option.flops):>8} "
+                f"{_si(option.bytes_moved):>8} {option.cost.workspace_bytes / 2**20:>6.1f} MiB "
+                f"{option.time_us:>8.0f} us  {why}"
             )
         return rows
 
 
-def _comparison(cost: Step, picked: Step) -> str:
-    ratio = cost.time_us / max(picked.time_us, 1e-9)
+def _comparison(option: Step, picked: Step) -> str:
+    ratio = option.time_us / max(picked.time_us, 1e-9)
     if ratio < 1:
         return f"alone {1 / ratio:.1f} times faster, but it would share nothing"
     return "left: no faster" if ratio < 1.05 else f"left: {ratio:.1f} times slower"

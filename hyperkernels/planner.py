@@ -41,6 +41,14 @@ def workspace_bytes() -> int:
     return _workspace_bytes
 
 
+class Cost(NamedTuple):
+    """What a step takes; `by` names the way of doing it, where a backend has more than one."""
+
+    time_us: float
+    workspace_bytes: int
+    by: str = ""
+
+
 class Step(NamedTuple):
     """Form the intermediate of `order` from the pair `forms`; each output in `outputs` consumes it."""
 
@@ -49,12 +57,14 @@ class Step(NamedTuple):
     outputs: tuple[str, ...]
     flops: int
     bytes_moved: int
-    workspace_bytes: int
-    time_us: float
+    cost: Cost = Cost(0.0, 0)
+
+    @property
+    def time_us(self) -> float:
+        return self.cost.time_us
 
 
-# A backend's estimate of a step: its time in us, and its workspace in bytes.
-Estimate = Callable[[Call, "Step"], tuple[float, int]]
+Estimate = Callable[[Call, Step], Cost]
 
 
 @dataclass(frozen=True)
@@ -118,11 +128,8 @@ def _step(call: Call, order: str, forms: tuple[str, str], outputs: tuple[str, ..
         return call.numbers(labels[slot])
 
     touched = sum(numbers(slot) for slot in forms) + len(outputs) * sum(numbers(slot) for slot in consumers)
-    step = Step(
-        order, forms, outputs, flops(forms) + len(outputs) * flops(consumers), call.dtype.itemsize * touched, 0, 0.0
-    )
-    time_us, workspace = estimate(call, step)
-    return step._replace(workspace_bytes=workspace, time_us=time_us)
+    step = Step(order, forms, outputs, flops(forms) + len(outputs) * flops(consumers), call.dtype.itemsize * touched)
+    return step._replace(cost=estimate(call, step))
 
 
 def default_chunk(out_features: int, in_features: int, width: int) -> tuple[int, int]:

@@ -81,6 +81,7 @@ def test_make_gpu_runs_end_to_end_without_one(tmp_path):
     saved = json.loads((tmp_path / "interpreted.json").read_text())
     assert len(saved["cases"]) == 5
     assert {"nn.Linear", "hyperkernels", "triton"} == saved["launch_us"].keys()
+    assert saved["ways_us"].keys() == {"y", "hidden", "head", "x"}
     assert all("triton" in case["times"] for case in saved["cases"])
     assert saved["tests_exit_code"] == 0
     assert not saved["failed"]
@@ -95,6 +96,7 @@ def test_make_gpu_runs_end_to_end_without_one(tmp_path):
         "benchmarks/sweep.py",
         "benchmarks/gpu.py",
         "benchmarks/compiled.py",
+        "benchmarks/launching.py",
         "benchmarks/ten_billion_weights.py",
         "python/demos/vit_rotations.py",
     ],

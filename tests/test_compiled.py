@@ -17,15 +17,23 @@ REGISTERS = 65536
 CHOICES = [(chip, dtype) for chip in SHARED_BYTES for dtype in ("bfloat16", "float32")] + [("sm_90", "float16")]
 
 
-@pytest.mark.parametrize(("chip", "dtype"), CHOICES, ids=lambda choice: choice)
-def test_what_the_planner_picks_compiles(chip, dtype, tmp_path):
-    path = tmp_path / "table.json"
-    options = ["--chip", chip, "--dtype", dtype, "--output", str(path)]
-    command = [sys.executable, str(ROOT / "benchmarks" / "compiled.py"), *options]
+def run(script, *options):
+    """Of the benchmarks, in a process whose kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_kept_launch_hands_over_what_tritons_own_does():
+    run("launching.py", "--calls", "10")
+
+
+@pytest.mark.parametrize(("chip", "dtype"), CHOICES, ids=lambda choice: choice)
+def test_what_the_planner_picks_compiles(chip, dtype, tmp_path):
+    path = tmp_path / "table.json"
+    run("compiled.py", "--chip", chip, "--dtype", dtype, "--output", str(path))
     table = json.loads(path.read_text())
     assert len(table) == 44
     for row in table:

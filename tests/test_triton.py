@@ -8,30 +8,42 @@ from __future__ import annotations
 import json
 from dataclasses import astuple
 from functools import partial
+from math import inf
 
 import pytest
 import torch
 from conftest import CONTEXTS, CUDA, gradients, make_problem
 
 import hyperkernels as hk
-from hyperkernels.backends import plan_call, triton_fused
-from hyperkernels.call import ORDERS, Call
+from hyperkernels.backends import _plan, plan_call, torch_matmul, triton_fused
+from hyperkernels.call import ORDERS, SLOTS, Call
 from hyperkernels.chunking import Grid
 from hyperkernels.form import canonical_form
 from hyperkernels.hidden import ACTIVATIONS
 from hyperkernels.kernels import tuning
 from hyperkernels.kernels.roles import roles_of, sizes_of
 from hyperkernels.kernels.tiles import CHIPS, Tile, chip_of, tile_for, work_of
+from hyperkernels.planner import Cost, plan_contraction
 from hyperkernels.testing import assert_no_worse_than_eager
 
 pytestmark = pytest.mark.skipif(CUDA, reason="the other tests run these kernels on the device, as an engine")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CONTRACT, PRODUCTS = torch_matmul.contract, triton_fused.products
 GRIDS = {"cropped": Grid(31, 29, 7, 5), "one_row": Grid(6, 20, 1, 20), "wide": Grid(18, 70, 9, 35)}
 
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
+    """The kernels, and never the plain products that may be expected to be faster."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    too_slow(monkeypatch, "products")
+    yield
+    _plan.cache_clear()
+
+
+def too_slow(monkeypatch, way):
+    monkeypatch.setattr(triton_fused, way, lambda call, step: Cost(inf, 0, way))
+    _plan.cache_clear()
 
 
 @pytest.fixture
@@ -159,6 +171,33 @@ def test_nothing_to_sum(width, rows):
     y = hk.hyper_linear(*leaves, backend="triton")
     assert not y.any()
     assert not any(grad.any() for grad in torch.autograd.grad(y.sum(), leaves))
+
+
+@pytest.mark.parametrize("contexts", CONTEXTS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_products_where_they_are_expected_to_be_faster(order, contexts, monkeypatch):
+    runs = []
+
+    def contract(*arguments):
+        runs.append(arguments)
+        return CONTRACT(*arguments)
+
+    monkeypatch.setattr(triton_fused, "products", PRODUCTS)
+    monkeypatch.setattr(torch_matmul, "contract", contract)
+    too_slow(monkeypatch, "fused")
+    check(make_problem(contexts, GRIDS["cropped"], 5, tokens=4), torch.float32, order)
+    assert bool(runs) == (contexts in ("shared", "per_entry")), "of factors that lie in memory, row by row"
+
+
+def test_a_large_intermediate_is_worth_two_products_only_for_its_sums(monkeypatch):
+    """By the model of an H200: what sums over rows forms the intermediate anew for each of their blocks."""
+    monkeypatch.setattr(triton_fused, "products", PRODUCTS)
+    monkeypatch.setattr(triton_fused, "_chip", lambda device: CHIPS[9, 0])
+    call = Call(Grid(4096, 4096, 16, 256), 32, 1, 1, 8192, dtype=torch.bfloat16, device="cuda")
+    plans = {slot: plan_contraction(call, (slot,), None, triton_fused.estimate) for slot in SLOTS}
+    by = {slot: plan.steps[0].cost.by for slot, plan in plans.items()}
+    one, two = triton_fused.FUSED, triton_fused.TWO_PRODUCTS
+    assert by == {"y": one, "hidden": two, "head": two, "x": one}
 
 
 def test_what_it_cannot_do(monkeypatch):

@@ -20,7 +20,7 @@ from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import SLOTS, Call, result_names
 from hyperkernels.chunking import ceil_div
 from hyperkernels.hidden import ACTIVATIONS
-from hyperkernels.planner import Plan, Step, workspace_bytes
+from hyperkernels.planner import Cost, Plan, Step, workspace_bytes
 
 try:
     _cpu: Any = import_module("hyperkernels._cpu")
@@ -91,12 +91,11 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     return [results[name] for name in names]
 
 
-def estimate(call: Call, step: Step) -> tuple[float, int]:
-    """Time in us, and workspace in bytes."""
+def estimate(call: Call, step: Step) -> Cost:
     rows = call.entries * call.tokens
     natives = [_engine(call, step, outputs, balanced=True) for outputs in _runs(step)]
     time_us = sum(CALL_US + native.work(rows) / native.threads / VECTORS_PER_US for native in natives)
-    return time_us, max(native.workspace_bytes(rows, call.contexts, max(call.tokens, 1)) for native in natives)
+    return Cost(time_us, max(native.workspace_bytes(rows, call.contexts, max(call.tokens, 1)) for native in natives))
 
 
 def _runs(step: Step) -> list[tuple[str, ...]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hyperkernels.call import Call
 from hyperkernels.chunking import ceil_div
-from hyperkernels.planner import Step, workspace_bytes
+from hyperkernels.planner import Cost, Step, workspace_bytes
 
 
 class Machine(NamedTuple):
@@ -31,8 +31,8 @@ def _machine(call: Call) -> Machine:
     return MACHINES.get(call.device, MACHINES["cpu"])
 
 
-def estimate(call: Call, step: Step) -> tuple[float, int]:
-    """Time in us, and workspace. Arithmetic, memory traffic and the traffic of the intermediate (written, copied into
+def estimate(call: Call, step: Step) -> Cost:
+    """Arithmetic, memory traffic and the traffic of the intermediate (written, copied into
     the next product's layout, read) do not overlap: each product is a call of its own."""
     machine = _machine(call)
     formed = call.numbers(call.intermediate(step.order)) * call.dtype.itemsize
@@ -41,8 +41,16 @@ def estimate(call: Call, step: Step) -> tuple[float, int]:
         + step.bytes_moved / machine.memory_bytes_per_s
         + (1 + 3 * len(step.outputs)) * formed / machine.cache_bytes_per_s
     )
-    blocks = call.sizes | block_sizes(call, step.order)
-    return 1e6 * seconds, formed_bytes(call, step.order, blocks) + passing_bytes(call, blocks)
+    return Cost(1e6 * seconds, workspace(call, step.order))
+
+
+def workspace(call: Call, order: str) -> int:
+    blocks = call.sizes | block_sizes(call, order)
+    return formed_bytes(call, order, blocks) + passing_bytes(call, blocks)
+
+
+def block_count(call: Call, order: str) -> int:
+    return prod(ceil_div(call.sizes[label], size) for label, size in block_sizes(call, order).items())
 
 
 def _bytes(call: Call, blocks: dict[str, int], labels: str) -> int:

@@ -1,6 +1,8 @@
 """The Triton engine: every contraction, in every order, by one kernel whose intermediate never leaves the chip.
 
-The kernels are in `hyperkernels/kernels`; this room says what they can do, and how long and in what memory.
+The kernels are in `hyperkernels/kernels`; this room says what they can do, and how long and in what memory. Where two
+plain products with the intermediate in memory are expected to be faster, they run instead, blocked as the torch backend
+does it.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperkernels.backends import torch_blocks, torch_matmul
 from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call, result_names
 from hyperkernels.kernels.roles import sizes_of
-from hyperkernels.kernels.tiles import Chip, chip_of, context_planes, tile_for
-from hyperkernels.planner import Plan, Step
+from hyperkernels.kernels.tiles import LAUNCH_US, Chip, chip_of, context_planes, tile_for
+from hyperkernels.planner import Cost, Plan, Step
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)
 ASSUMED = (9, 0)  # where there is no device to ask
+FUSED, TWO_PRODUCTS = "one kernel", "two products"
 
 
 def interpreted() -> bool:
@@ -70,13 +74,24 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     found: dict[str, Tensor] = {}
     with torch.cuda.device_of(next(iter(factors.values()))):  # where triton launches
         for step in plan.steps:
+            if step.cost.by == TWO_PRODUCTS:
+                alone = Plan(call, step.outputs, (step,), {})
+                found |= zip(step.outputs, torch_matmul.contract(call, alone, factors, context_ids))
+                continue
             for slot in step.outputs:
                 found |= launch.prepare(call, step.order, slot, factors, mapped, _chip(call.device)).run()
     return [found[name] for name in names]
 
 
-def estimate(call: Call, step: Step) -> tuple[float, int]:
-    """Time in us, and workspace in bytes: the planes that programs sum apart."""
+def estimate(call: Call, step: Step) -> Cost:
+    ways = [fused(call, step)]
+    if not (call.activation or call.mapped):  # products need hidden formed, and rows gathered
+        ways.append(products(call, step))
+    return min(ways, key=lambda way: way.time_us)
+
+
+def fused(call: Call, step: Step) -> Cost:
+    """The workspace is the planes that programs sum apart."""
     total_us, workspace = 0.0, 0
     for slot in step.outputs:
         sizes = sizes_of(call, step.order, slot)
@@ -87,4 +102,15 @@ def estimate(call: Call, step: Step) -> tuple[float, int]:
         if sizes.additive:
             sums += (context_planes(sizes, tile, tile.splits) + 1) * call.contexts * call.width
         workspace = max(workspace, 4 * sums)
-    return total_us, workspace
+    return Cost(total_us, workspace, FUSED)
+
+
+def products(call: Call, step: Step) -> Cost:
+    """The intermediate is written, turned for the second product, and read: four passes over it. A block launches two
+    products, the turning and the storing."""
+    chip = _chip(call.device)
+    rate = chip.fp32_flops_per_s if call.dtype == torch.float32 else chip.flops_per_s
+    formed = call.numbers(call.intermediate(step.order)) * call.dtype.itemsize
+    seconds = step.flops / rate + (step.bytes_moved + 4 * formed) / chip.cache_bytes_per_s
+    launches = 4 * torch_blocks.block_count(call, step.order)
+    return Cost(1e6 * seconds + LAUNCH_US * launches, torch_blocks.workspace(call, step.order), TWO_PRODUCTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from hyperkernels.kernels.roles import Roles, roles_of, sizes_of
 from hyperkernels.kernels.tiles import Chip, Sizes, Tile, tile_for
 from hyperkernels.planner import workspace_bytes
 
+ALIGNED = 16  # bytes: what triton asks of an address
 KERNELS = {kernel.__name__: kernel for kernel in (contract_rows, contract_sums, generate_rows, generate_sums)}
 
 
@@ -87,19 +89,33 @@ class FactorView(NamedTuple):
 
 class Launch(NamedTuple):
     """A kernel and what it is called with. `result` is the partial by `name`, of which `sums` holds a plane for each
-    split where there are some; `contexts` is that by the contexts of an additive hidden, in planes to be summed."""
+    split where there are some; `contexts` is that by the contexts of an additive hidden, in planes to be summed. `kept`
+    are the compiled kernels of the same recipe, by all that the factors can change of them: `key`."""
 
     kernel: Any
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
     arguments: tuple
     keywords: dict[str, Any]
+    kept: dict[tuple, Callable[..., Any]]
+    key: tuple
     name: str
     result: Tensor
     sums: Tensor | None
     contexts: Tensor | None = None
 
+    def launch(self) -> None:
+        """Triton looks at each argument to find the compiled kernel, which costs more than the rest of a launch."""
+        again = self.kept.get(self.key)
+        if again is not None:
+            return again(*self.arguments)
+        compiled = self.kernel[self.grid](*self.arguments, **self.keywords)
+        if compiled is not None:  # as it is in the interpreter
+            constants = tuple(self.keywords[name] for name in self.kernel.arg_names[len(self.arguments) :])
+            run = compiled[self.grid]
+            self.kept[self.key] = lambda *arguments: run(*arguments, *constants)
+
     def run(self) -> dict[str, Tensor]:
-        self.kernel[self.grid](*self.arguments, **self.keywords)
+        self.launch()
         if self.sums is not None:
             self.result.copy_(self.sums.sum(0))
         found = {self.name: self.result}
@@ -109,7 +125,7 @@ class Launch(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What of a launch the tensors have no part in. `tiles` counts those of s, k, o and n."""
+    """What of a launch the tensors have no part in. `tiles` counts those of s, k, o and n; `kept` is `Launch`'s."""
 
     roles: Roles
     sizes: Sizes
@@ -120,6 +136,7 @@ class Recipe(NamedTuple):
     f: FactorView
     w: FactorView
     v: FeatureView
+    kept: dict[tuple, Callable[..., Any]]
 
 
 @lru_cache(maxsize=4096)
@@ -154,6 +171,7 @@ def recipe(
         FactorView.of(call, roles.f, roles.o, roles.d),
         FactorView.of(call, roles.w, roles.s, roles.n),
         FeatureView.of(call, roles.v, roles.o),
+        {},
     )
 
 
@@ -175,7 +193,7 @@ def prepare(
             "tf32" if tf32 else str(call.dtype),
             lambda tile: prepare(call, order, out, factors, mapped, chip, tile).run,
         )
-    roles, sizes, tile, (tiles_s, tiles_k, tiles_o, tiles_n), keywords, view_u, view_f, view_w, view_v = recipe(
+    roles, sizes, tile, (tiles_s, tiles_k, tiles_o, tiles_n), keywords, view_u, view_f, view_w, view_v, kept = recipe(
         call, order, out, chip, tf32, workspace_bytes(), tile
     )
     batch, tiles_b = batch_of(call, mapped, tile.BT)
@@ -201,6 +219,8 @@ def prepare(
             planes = tiles_s * tiles_n * (tile.splits if order == "generate" else 1)
             contexts = result.new_empty(planes, call.contexts, call.width, dtype=torch.float32)
         w = read(view_w, out) if sizes.additive else target
-        grid = ((call.contexts if sizes.by_context else 1) * tile.splits * tiles_s * tiles_k, tiles_n)
+        grid = ((call.contexts if sizes.by_context else 1) * tile.splits * tiles_s * tiles_k, tiles_n, 1)
         arguments = (u, f, view_v(factors[roles.v]), w, target, contexts, batch, plane)
-    return Launch(KERNELS[sizes.kernel], grid, arguments, keywords, name, result, sums, contexts)
+    # what else a kernel is called with follows from the call, or was allocated here, and so aligned
+    key = result.device, *((factor.data_ptr() % ALIGNED, factor.stride()) for factor in factors.values())
+    return Launch(KERNELS[sizes.kernel], grid, arguments, keywords, kept, key, name, result, sums, contexts)

@@ -1,0 +1,131 @@
+"""What a launch of a Triton kernel costs the CPU, on a machine without a GPU: kernels are compiled, and a driver that
+does nothing stands where the device's is.
+
+Also shows that a kept launch hands over what Triton's own does, for tensors that lie in memory in several ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from compiled import SHAPES, TARGETS, Elsewhere, driver
+from torch import Tensor
+
+from hyperkernels.backends.mapped import Mapped
+from hyperkernels.call import Call
+from hyperkernels.kernels.launch import Launch, prepare
+
+
+class Idle(Elsewhere):
+    """Loads a kernel by giving it a number, and remembers what was launched last."""
+
+    last: tuple = ()
+    kernels: tuple[bytes, ...] = ()
+
+    @property
+    def utils(self) -> Idle:
+        return self
+
+    def get_device_properties(self, _device: int) -> dict[str, int]:
+        return {"max_shared_mem": TARGETS["sm_90"].chip.shared_bytes}
+
+    def load_binary(self, _name: str, kernel: bytes, _shared: int, _device: int) -> tuple[int, int, int, int, int]:
+        if kernel not in self.kernels:
+            self.kernels = (*self.kernels, kernel)
+        return 1, self.kernels.index(kernel), 0, 0, 1024
+
+    def launcher_cls(self, _source: Any, _metadata: Any) -> Callable[..., None]:
+        def launched(*arguments: Any) -> None:
+            self.last = arguments
+
+        return launched
+
+
+def median_us(call: Callable[[], Any], calls: int) -> float:
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * sorted(seconds)[calls // 2]
+
+
+def layouts(value: Tensor) -> dict[str, Tensor]:
+    """The same shape, in other places."""
+    off = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape)
+    apart = torch.empty(*value.shape[:-1], 2 * value.shape[-1], dtype=value.dtype)[..., ::2]
+    return {"contiguous": torch.empty_like(value), "off by one": off, "every other": apart}
+
+
+def handed_over(idle: Idle) -> tuple[Any, ...]:
+    """The grid, the stream, the kernel, and its arguments: of tensors, where they are."""
+    x, y, z, stream, function, _, _, _, _, *arguments = idle.last
+    leaves = [leaf for part in arguments for leaf in (part if isinstance(part, tuple) else (part,))]
+    return x, y, z, stream, function, *(v.data_ptr() if isinstance(v, Tensor) else v for v in leaves)
+
+
+def differs(idle: Idle, launch: Launch) -> bool:
+    """Whether the second launch hands over anything else than Triton's own."""
+    launch.kernel[launch.grid](*launch.arguments, **launch.keywords)
+    wanted = handed_over(idle)
+    for _ in range(2):
+        idle.last = ()
+        launch.launch()
+    return handed_over(idle) != wanted
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python benchmarks/launching.py\n  python benchmarks/launching.py --calls 100\n\n"
+        "exit codes: 0, 1 if a kept launch hands over anything else, 2 for bad arguments",
+    )
+    parser.add_argument("--calls", type=int, default=2000, help="how many are timed (%(default)s)")
+    calls = parser.parse_args().calls
+    target = TARGETS["sm_90"]
+    idle = Idle(target.gpu)
+    driver.set_active(idle)  # type: ignore[arg-type]
+    wrong = 0
+    for name in ("decode 16", "64 mapped contexts", "odd"):
+        call: Call = SHAPES[name].call(torch.bfloat16)
+        factors = {
+            slot: torch.empty(call.shape(slot), dtype=call.dtype)
+            for slot in ("x", "y", "hidden", "head", *(["chunks"] if call.activation else []))
+        }
+        mapped = Mapped.of(torch.arange(call.entries) % call.contexts, call.contexts) if call.mapped else None
+        for slot in ("x", "head"):
+            for how, value in layouts(factors[slot]).items():
+                launch = prepare(call, "head_first", "y", factors | {slot: value}, mapped, target.chip)
+                if differs(idle, launch):
+                    print(f"{name}: a kept launch differs where {slot} is {how}")
+                    wrong += 1
+        launch = prepare(call, "head_first", "y", factors, mapped, target.chip)
+        launch.launch()
+        found = {
+            "prepare": median_us(
+                lambda call=call, factors=factors, mapped=mapped: prepare(
+                    call, "head_first", "y", factors, mapped, target.chip
+                ),
+                calls,
+            ),
+            "kept launch": median_us(launch.launch, calls),
+            "Triton's own launch": median_us(
+                lambda launch=launch: launch.kernel[launch.grid](*launch.arguments, **launch.keywords), calls
+            ),
+        }
+        print(
+            f"{name}: us of the CPU, without the driver's: {json.dumps({n: round(us, 1) for n, us in found.items()})}"
+        )
+    print(f"{len(idle.kernels)} kernels")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
