@@ -30,7 +30,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hyperkernels.kernels.launch import Launch, prepare
+from hyperkernels.kernels.launch import Launch, prepare, summing
+from hyperkernels.kernels.planes import sum_planes
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -146,7 +147,12 @@ def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
     nvidia = target.gpu.backend == "cuda"
     keywords = {name: value for name, value in launch.keywords.items() if nvidia or name != "maxnreg"}
     kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **keywords)
-    machine = sass(kernel.asm["cubin"]) if nvidia else amdgcn(kernel.asm["amdgcn"])
+    read = (lambda asm: sass(asm["cubin"])) if nvidia else (lambda asm: amdgcn(asm["amdgcn"]))
+    machine = read(kernel.asm)
+    summed_spills = 0
+    if launch.sums is not None:
+        grid, arguments, blocks = summing(launch.sums, launch.result)
+        summed_spills = read(sum_planes.warmup(*arguments, grid=grid, **blocks).asm).spills
     flops_per_s = chip.fp32_flops_per_s if call.dtype == torch.float32 else chip.flops_per_s
     roof = roofline(call, order, (out,), flops_per_s, target.memory_bytes_per_s)
     return {
@@ -163,7 +169,7 @@ def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
         "shared_bytes": kernel.metadata.shared,
         "tensor_core": sum(bool(re.fullmatch(target.tensor_core, i)) for i in machine.instructions),
         "wide_tensor_core": machine.instructions.count(target.wide),
-        "spills": machine.spills,
+        "spills": machine.spills + summed_spills,
         "flops": roof.flops,
         "bytes_moved": roof.bytes_moved,
         "roofline_us": roof.time_us,

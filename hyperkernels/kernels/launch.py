@@ -16,11 +16,14 @@ from hyperkernels.kernels import tuning
 from hyperkernels.kernels.chain import contract_rows, contract_sums
 from hyperkernels.kernels.generate import generate_rows, generate_sums
 from hyperkernels.kernels.operands import Batch, Factor, Features
+from hyperkernels.kernels.planes import sum_planes
 from hyperkernels.kernels.roles import Roles, roles_of, sizes_of
-from hyperkernels.kernels.tiles import Chip, Sizes, Tile, tile_for
+from hyperkernels.kernels.tiles import Chip, Sizes, Tile, power_of_two, tile_for
 from hyperkernels.planner import workspace_bytes
 
 ALIGNED = 16  # bytes: what triton asks of an address
+PLANES, NUMBERS = 64, 64  # of a tile of `sum_planes`, at most
+Kept = dict[tuple, Callable[..., Any]]
 KERNELS = {kernel.__name__: kernel for kernel in (contract_rows, contract_sums, generate_rows, generate_sums)}
 
 
@@ -96,7 +99,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     arguments: tuple
     keywords: dict[str, Any]
-    kept: dict[tuple, Callable[..., Any]]
+    kept: Kept
     key: tuple
     name: str
     result: Tensor
@@ -104,24 +107,41 @@ class Launch(NamedTuple):
     contexts: Tensor | None = None
 
     def launch(self) -> None:
-        """Triton looks at each argument to find the compiled kernel, which costs more than the rest of a launch."""
-        again = self.kept.get(self.key)
-        if again is not None:
-            return again(*self.arguments)
-        compiled = self.kernel[self.grid](*self.arguments, **self.keywords)
-        if compiled is not None:  # as it is in the interpreter
-            constants = tuple(self.keywords[name] for name in self.kernel.arg_names[len(self.arguments) :])
-            run = compiled[self.grid]
-            self.kept[self.key] = lambda *arguments: run(*arguments, *constants)
+        launch(self.kernel, self.grid, self.arguments, self.keywords, self.kept, self.key)
 
     def run(self) -> dict[str, Tensor]:
         self.launch()
         if self.sums is not None:
-            self.result.copy_(self.sums.sum(0))
+            self._sum(self.sums, self.result)
         found = {self.name: self.result}
         if self.contexts is not None:
-            found["hidden"] = self.contexts.sum(0).to(self.result.dtype)
+            found["hidden"] = self.result.new_empty(self.contexts.shape[1:])
+            self._sum(self.contexts, found["hidden"])
         return found
+
+    def _sum(self, planes: Tensor, out: Tensor) -> None:
+        launch(sum_planes, *summing(planes, out), self.kept, (out.device, planes.shape))
+
+
+def summing(planes: Tensor, out: Tensor) -> tuple[tuple[int, int, int], tuple, dict[str, Any]]:
+    """Grid, arguments and keywords of `sum_planes`."""
+    blocks = {"BP": min(power_of_two(len(planes)), PLANES), "BN": NUMBERS}
+    return (ceil_div(out.numel(), NUMBERS), 1, 1), (planes, out, out.numel(), len(planes)), blocks
+
+
+def launch(
+    kernel: Any, grid: tuple[int, int, int], arguments: tuple, keywords: dict[str, Any], kept: Kept, key: tuple
+) -> None:
+    """Triton looks at each argument to find the compiled kernel, which costs more than the rest of a launch: what was
+    found is kept by the key."""
+    again = kept.get(key)
+    if again is not None:
+        return again(*arguments)
+    compiled = kernel[grid](*arguments, **keywords)
+    if compiled is not None:  # as it is in the interpreter
+        constants = tuple(keywords[name] for name in kernel.arg_names[len(arguments) :])
+        run = compiled[grid]
+        kept[key] = lambda *arguments: run(*arguments, *constants)
 
 
 class Recipe(NamedTuple):
@@ -136,7 +156,7 @@ class Recipe(NamedTuple):
     f: FactorView
     w: FactorView
     v: FeatureView
-    kept: dict[tuple, Callable[..., Any]]
+    kept: Kept
 
 
 @lru_cache(maxsize=4096)
