@@ -89,6 +89,9 @@ def main() -> int:
     )
     parser.add_argument("--calls", type=int, default=2000, help="how many are timed (%(default)s)")
     calls = parser.parse_args().calls
+    if calls < 1:
+        parser.error(f"--calls: got {calls}, wanted at least 1")
+    torch.set_num_threads(1)  # tables that a device would make are made by torch here
     target = TARGETS["sm_90"]
     idle = Idle(target.gpu)
     driver.set_active(idle)  # type: ignore[arg-type]

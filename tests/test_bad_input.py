@@ -163,6 +163,7 @@ def test_workspace(mib):
         ({"chunk": (0, 4)}, r"chunk: got \(0, 4\), wanted \(rows, cols\)"),
         ({"chunk": 16}, "chunk: got 16"),
         ({"bias": "learned"}, "bias: got 'learned'"),
+        ({"bias": 1}, "bias: got 1, wanted True, False"),
         ({"context_features": 0}, "context_features: got 0"),
     ],
 )

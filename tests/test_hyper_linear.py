@@ -145,6 +145,25 @@ def test_head_bias(contexts, grid, per_chunk_heads):
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("J", [1, 3])
+@pytest.mark.parametrize("per_chunk_heads", [False, True], ids=["shared_head", "per_chunk_heads"])
+def test_a_head_bias_of_the_other_kind(per_chunk_heads, J):
+    """One for all chunks where each has a head, and one for each where they share theirs; W by hand."""
+    hidden, x = torch.randn(4, J, 3), torch.randn(6, 5 * J)
+    head, bias = torch.randn(3, 2, 5), torch.randn(4 * J, 2, 5)
+    heads, biases = head.expand(4 * J, 3, 2, 5), bias
+    if per_chunk_heads:
+        head = heads = torch.randn(4 * J, 3, 2, 5)
+        bias = torch.randn(2, 5)
+        biases = bias.expand(4 * J, 2, 5)
+    chunks = torch.einsum("ijk,ijkrq->ijrq", hidden, heads.reshape(4, J, 3, 2, 5)) + biases.reshape(4, J, 2, 5)
+    weight = chunks.transpose(1, 2).reshape(8, 5 * J)
+    torch.testing.assert_close(hk.generate_weight(hidden, head, (8, 5 * J), head_bias=bias), weight)
+    for backend in (None, "reference"):
+        y = hk.hyper_linear(x, hidden, head, head_bias=bias, backend=backend)
+        torch.testing.assert_close(y, x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
 def test_bias_for_all_and_per_context():
     hidden, head = torch.randn(3, 2, 2, 4), torch.randn(4, 5, 5)
     x, ids = torch.randn(6, 2, 10), torch.tensor([0, 2, 2, 1, 0, 0])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,11 @@ def test_drawn_problems(drawn):
         # One draw of a few numbers may by luck be exact in eager, or nearly cancel: twice the tolerance of many draws.
         got, allowed = error(value, want), error(theirs, want)
         assert got.rms <= 4 * allowed.rms + 8 * FLOOR[value.dtype], (name, got, allowed)
+
+
+def test_the_sine_of_what_is_not_finite():
+    hidden = hk.AdditiveHidden(torch.tensor([[inf], [-inf], [nan]]), torch.zeros(1, 1, 1), "sin")
+    assert hk.hyper_linear(torch.ones(3, 1), hidden, torch.ones(1, 1, 1), backend="cpu").isnan().all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

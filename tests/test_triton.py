@@ -298,12 +298,22 @@ def test_tuning_keeps_the_fastest_tile(tmp_path, timings, monkeypatch):
     assert len(timings) > count
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"a": [1, 2]}'])
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", '{"a": [1, 2]}', '{"a": [0, 1, 1, 1, 1, 1]}', '{"a": ["8", 1, 1, 1, 1, 1]}']
+)
 def test_a_damaged_table_of_tiles_is_left_alone(tmp_path, text):
     (tmp_path / "tiles.json").write_text(text)
     with pytest.raises(ValueError, match="not a table of tiles"):
         hk.set_tuning(tmp_path)
     assert (tmp_path / "tiles.json").read_text() == text
+
+
+def test_a_folder_that_is_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"folder: got .*file, which is a file, wanted a folder"):
+        hk.set_tuning(tmp_path / "file")
+    with pytest.raises(TypeError, match="folder: got 5, wanted a path or None"):
+        hk.set_tuning(5)
 
 
 def test_numbers_of_rows_up_to_a_power_of_two_share_a_tile():

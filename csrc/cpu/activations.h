@@ -113,7 +113,7 @@ inline Floats sine(Floats x, int quarters) {
     Floats odd = r + r * s * (-1.0f / 6 + s * (1.0f / 120 + s * (-1.0f / 5040 + s * (1.0f / 362880))));
     Floats even = 1.0f + s * (-0.5f + s * (1.0f / 24 + s * (-1.0f / 720 + s * (1.0f / 40320))));
     Floats value = where((quadrant & 1) != 0, even, odd);
-    return where((quadrant & 2) != 0, -value, value);
+    return where((quadrant & 2) != 0, -value, value) + (x - x);  // NaN of what is not finite
 }
 inline Floats sin_(Floats x) { return sine(x, 0); }
 inline Floats cos_(Floats x) { return sine(x, 1); }

@@ -21,12 +21,10 @@ def materialize(hidden: Tensor, head: Tensor, out_features: int, in_features: in
     rows, cols = head.shape[-2:]
     if head.dim() == 4:
         chunks = torch.einsum("gijk,ijkrq->gijrq", hidden, head.reshape(I, J, m, rows, cols))
-        bias = None if head_bias is None else head_bias.reshape(I, J, rows, cols)
     else:
         chunks = torch.einsum("gijk,krq->gijrq", hidden, head)
-        bias = head_bias
-    if bias is not None:
-        chunks = chunks + bias
+    if head_bias is not None:
+        chunks = chunks + (head_bias if head_bias.dim() == 2 else head_bias.reshape(I, J, rows, cols))
     return weight_from_chunks(chunks, out_features, in_features)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import astuple
@@ -29,7 +30,8 @@ def set_tuning(folder: str | Path | None) -> None:
         folder: where `tiles.json` is kept, made if it is not there; None to go by the model again.
 
     Raises:
-        ValueError: the folder's `tiles.json` holds something else.
+        TypeError: the folder is not a path.
+        ValueError: the folder's `tiles.json` holds something else, or a file stands in the folder's place.
 
     Example:
         >>> import hyperkernels as hk
@@ -38,11 +40,17 @@ def set_tuning(folder: str | Path | None) -> None:
     global _folder, _kept
     kept: dict[str, list] = {}
     if folder is not None:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"folder: got {folder!r}, wanted a path or None")
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"folder: got {folder}, which is a file, wanted a folder")
         path = folder / FILE
         if path.exists():
             try:
                 kept = {key: list(astuple(Tile(*values))) for key, values in json.loads(path.read_text()).items()}
+                if not all(isinstance(number, int) and number > 0 for tile in kept.values() for number in tile):
+                    raise ValueError("a tile's sizes are positive integers")
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"folder: {path} is not a table of tiles ({error}); remove it or name another"

@@ -75,7 +75,7 @@ class HyperLinear(nn.Module):
         for name, size in (("in_features", in_features), ("out_features", out_features), ("width", width)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: got {size!r}, wanted a positive integer")
-        if bias not in (True, False, "generated"):
+        if not (isinstance(bias, bool) or (isinstance(bias, str) and bias == "generated")):
             raise ValueError(f'bias: got {bias!r}, wanted True, False or "generated"')
         rows, cols = default_chunk(out_features, in_features, width) if chunk is None else _check_chunk(chunk)
         self.in_features, self.out_features = in_features, out_features
