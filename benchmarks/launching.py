@@ -105,10 +105,11 @@ def main() -> int:
         mapped = Mapped.of(torch.arange(call.entries) % call.contexts, call.contexts) if call.mapped else None
         for slot in ("x", "head"):
             for how, value in layouts(factors[slot]).items():
-                launch = prepare(call, "head_first", "y", factors | {slot: value}, mapped, target.chip)
-                if differs(idle, launch):
-                    print(f"{name}: a kept launch differs where {slot} is {how}")
-                    wrong += 1
+                for out in ("y", "hidden") if name == "odd" else ("y",):
+                    launch = prepare(call, "head_first", out, factors | {slot: value}, mapped, target.chip)
+                    if differs(idle, launch):
+                        print(f"{name}: a kept launch of {out} differs where {slot} is {how}")
+                        wrong += 1
         launch = prepare(call, "head_first", "y", factors, mapped, target.chip)
         launch.run()  # the sum of the splits too
         found = {

@@ -63,9 +63,10 @@ class Explanation:
                 sharers = [OUTPUT[other] for other in step.outputs if other != slot]
                 pair = " and ".join("dy" if name == "y" else name for name in step.forms)
                 why = f"picked: forms [{','.join(plan.call.intermediate(order))}] from {pair}"
-                why += f", shared with {', '.join(sharers)}" * bool(sharers) + f", by {step.cost.by}" * bool(
-                    step.cost.by
-                )
+                if sharers:
+                    why += f", shared with {', '.join(sharers)}"
+                if step.cost.by:
+                    why += f", by {step.cost.by}"
             elif self.forced_order:
                 why = f"order={self.forced_order!r} was asked for"
             else:

@@ -26,7 +26,7 @@ void tile(int64_t depth, const Strip& row_strip, const Strip& lane_strip, void* 
     auto b = static_cast<const typename Kind::Packed*>(lane_strip.data);
     auto context = static_cast<const Sum*>(lane_strip.context);
     int64_t row_apart = row_strip.apart, apart = lane_strip.apart;
-    const typename Kind::Packed* fours[(rows + 3) / 4];  // few enough for the registers that hold addresses
+    const typename Kind::Packed* fours[(rows + 3) / 4];  // a pointer for each four: the others are 1, 2 and 3 times apart
 #pragma GCC unroll 7
     for (int n = 0; n < (rows + 3) / 4; ++n) fours[n] = a + 4 * n * row_apart;
     Sums sum[rows][vectors] = {};

@@ -152,7 +152,7 @@ void Worker::make_panels(const Product& product, int side, const Ranges& ranges,
 }
 
 void Worker::prepare() {
-    int64_t turn = thread_;  // threads take panels by turns, whatever they are of
+    int64_t turn = thread_;  // by turns, whatever they are of: one operand may have a single panel
     for (const Product& p : step_.products_) {
         for (int side : {0, 1}) {
             size_t bytes = step_.prepared_bytes(p, side);
@@ -191,8 +191,9 @@ const char* Worker::panels(const Product& product, int side, const Ranges& range
     return to;
 }
 
-// Where an operand lies as the tiles multiply it: what was formed, and evenly spaced rows of what the caller handed over,
-// with nothing cropped. False where it does not.
+// Whether the tiles can read an operand where it lies, and where that is: what was formed, and evenly spaced rows of what
+// the caller handed over, with nothing cropped. (Its lanes are packed: a panel of them is read by all rows.) Rows that
+// would share a few lines of the nearest cache are packed too, which more than one panel of lanes repays.
 bool Worker::place(const Product& product, int side, const Ranges& ranges, int64_t context, Operand& operand) {
     int slot = product.slots[side];
     if (!step_.may_place(product, side)) return false;
@@ -211,6 +212,9 @@ bool Worker::place(const Product& product, int side, const Ranges& ranges, int64
     operand.data = layout.base + start * kernels().packed_bytes;
     operand.offset = placed.offset.data();
     if (layout.limit && placed.feature.back() + feature >= layout.limit) return false;
+    constexpr int64_t ways = 8, apart_in_cache = 4096;
+    int64_t apart = operand.cut.n > ways ? operand.offset[1] - operand.offset[0] : 0;
+    if (slot != FORMED && apart && apart * kernels().packed_bytes % apart_in_cache == 0) return false;
     return readable_in_place(operand.cut, operand.offset);
 }
 

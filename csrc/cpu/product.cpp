@@ -63,10 +63,11 @@ Strip Operand::strip(const Kernels& kernels, const char* panel, int64_t start, i
 
 bool readable_in_place(const Cut& cut, const int64_t* offset) {
     if (cut.padded() != cut.n) return false;
+    bool rows = cut.unit == 1;
     for (int64_t p = 0; p < cut.count; ++p) {
-        int64_t start = cut.start(p), apart = cut.unit == 1 && start + 1 < cut.n ? offset[start + 1] - offset[start] : 1;
+        int64_t start = cut.start(p), apart = rows && start + 1 < cut.n ? offset[start + 1] - offset[start] : 1;
         for (int64_t n = start + 1; n < cut.start(p + 1); ++n)
-            if (offset[n] != offset[n - 1] + apart && (cut.unit == 1 || n % cut.unit)) return false;
+            if (offset[n] != offset[n - 1] + apart && (rows || n % cut.unit)) return false;
     }
     return true;
 }

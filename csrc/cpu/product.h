@@ -60,7 +60,8 @@ struct Operand {
     Strip strip(const Kernels& kernels, const char* panel, int64_t start, int64_t width, int64_t depth) const;
 };
 
-// Whether the tiles can read an operand where it lies, index n's numbers from offset[n].
+// Whether the tiles can read an operand where it lies, index n's numbers from offset[n]: a panel's rows are evenly apart,
+// or its vectors whole.
 bool readable_in_place(const Cut& cut, const int64_t* offset);
 
 // out[row_offset[m] + lane_offset[n]] (+)= sum_d rows[m, d] lanes[n, d]. `spill` holds one tile.

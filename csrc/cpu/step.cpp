@@ -79,16 +79,33 @@ bool Step::may_place(const Product& product, int side) const {
     return slot == FORMED || (product.lanes != side && bytes_of(shape_.storage) == kernels_->packed_bytes);
 }
 
-// The same, of tensors as they mostly come: contiguous.
+// Whether `some` of a contiguous tensor's labels, each as long as a block has it, span numbers that lie evenly.
+bool Step::evenly(int slot, Labels some) const {
+    Labels all = labels(slot);
+    int64_t stride = 1, next = 0;
+    for (int l = label_count; l-- > 0;) {
+        if (!has(all, l)) continue;
+        if (l == T && slot == X) stride = shape_.in_features;
+        if (l == T && slot == Y) stride = shape_.out_features;
+        int64_t size = l == T || has(formed_, l) ? shape_.block[l] : shape_.extent[l];
+        if (has(some, l)) {
+            if (next && stride != next) return false;
+            next = stride * size;
+        }
+        stride *= slot == FORMED ? size : shape_.extent[l];
+    }
+    return true;
+}
+
+// As a rule, then, whether a side is read where it lies.
 bool Step::in_place(const Product& product, int side) const {
-    if (!may_place(product, side)) return false;
-    Labels own = labels(product.slots[side]);
+    int slot = product.slots[side];
+    if (!may_place(product, side) || !evenly(slot, product.deep)) return false;
+    if (product.lanes != side) return evenly(slot, product.own[side]);
     int innermost = T;
     for (int l = 0; l < label_count; ++l)
-        if (has(own, l)) innermost = l;
-    if (product.slots[side] != FORMED) return !has(product.deep, T) && has(product.deep, innermost);
-    return has(product.own[side], innermost) &&
-           (product.lanes != side || elements(set(Label(innermost))) % kernels_->lanes == 0);
+        if (has(formed_, l)) innermost = l;
+    return has(product.own[side], innermost) && elements(set(Label(innermost))) % kernels_->lanes == 0;
 }
 
 // All of a step, in multiplications of a vector by one thread. The constants are what a packed number, an activation

@@ -130,6 +130,7 @@ class Step {
     bool per_context(const Product& product) const;
     bool turned(const Product& product, int side) const;
     bool may_place(const Product& product, int side) const;
+    bool evenly(int slot, Labels some) const;
     bool in_place(const Product& product, int side) const;
     Ranges ranges_of_block(int64_t block) const;
     std::array<int64_t, label_count> counts(const Product& product, int side) const;

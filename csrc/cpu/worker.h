@@ -1,5 +1,5 @@
-// How one thread runs its share of a step: operands.cpp packs what it reads, worker.cpp multiplies, outputs.cpp keeps and
-// stores the sums.
+// How one thread runs its share of a step: operands.cpp finds or packs what it reads, worker.cpp multiplies, outputs.cpp
+// keeps and stores the sums.
 #pragma once
 
 #include "step.h"

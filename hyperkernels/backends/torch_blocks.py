@@ -32,8 +32,8 @@ def _machine(call: Call) -> Machine:
 
 
 def estimate(call: Call, step: Step) -> Cost:
-    """Arithmetic, memory traffic and the traffic of the intermediate (written, copied into
-    the next product's layout, read) do not overlap: each product is a call of its own."""
+    """Arithmetic, memory traffic and the traffic of the intermediate (written, copied into the next product's layout,
+    read) do not overlap: each product is a call of its own."""
     machine = _machine(call)
     formed = call.numbers(call.intermediate(step.order)) * call.dtype.itemsize
     seconds = (

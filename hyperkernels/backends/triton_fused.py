@@ -1,8 +1,7 @@
-"""The Triton engine: every contraction, in every order, by one kernel whose intermediate never leaves the chip.
+"""The Triton engine: every contraction, in every order, by one kernel whose intermediate never leaves the chip; or by
+two plain products, blocked as the torch backend does it, where they are expected to be faster.
 
-The kernels are in `hyperkernels/kernels`; this room says what they can do, and how long and in what memory. Where two
-plain products with the intermediate in memory are expected to be faster, they run instead, blocked as the torch backend
-does it.
+The kernels are in `hyperkernels/kernels`; this room says what they can do, and how long and in what memory.
 """
 
 from __future__ import annotations
@@ -98,9 +97,9 @@ def fused(call: Call, step: Step) -> Cost:
         tile, time_us = tile_for(sizes, _chip(call.device))
         total_us += time_us
         result = prod(call.shape("chunks" if sizes.additive else slot))
-        sums = (tile.splits + 1) * result if tile.splits > 1 else 0  # and the sum of the planes
+        sums = tile.splits * result if tile.splits > 1 else 0
         if sizes.additive:
-            sums += (context_planes(sizes, tile, tile.splits) + 1) * call.contexts * call.width
+            sums += context_planes(sizes, tile, tile.splits) * call.contexts * call.width
         workspace = max(workspace, 4 * sums)
     return Cost(total_us, workspace, FUSED)
 

@@ -22,8 +22,9 @@ from hyperkernels.kernels.tiles import Chip, Sizes, Tile, power_of_two, tile_for
 from hyperkernels.planner import workspace_bytes
 
 ALIGNED = 16  # bytes: what triton asks of an address
-PLANES, NUMBERS = 64, 64  # of a tile of `sum_planes`, at most
+PLANES, NUMBERS = 64, 64  # of a tile of `sum_planes`, of the first at most
 Kept = dict[tuple, Callable[..., Any]]
+NAMES = ("y", "hidden", "chunks", "head", "x")
 KERNELS = {kernel.__name__: kernel for kernel in (contract_rows, contract_sums, generate_rows, generate_sums)}
 
 
@@ -107,7 +108,7 @@ class Launch(NamedTuple):
     contexts: Tensor | None = None
 
     def launch(self) -> None:
-        launch(self.kernel, self.grid, self.arguments, self.keywords, self.kept, self.key)
+        launch_kept(self.kernel, self.grid, self.arguments, self.keywords, self.kept, self.key)
 
     def run(self) -> dict[str, Tensor]:
         self.launch()
@@ -120,7 +121,7 @@ class Launch(NamedTuple):
         return found
 
     def _sum(self, planes: Tensor, out: Tensor) -> None:
-        launch(sum_planes, *summing(planes, out), self.kept, (out.device, planes.shape))
+        launch_kept(sum_planes, *summing(planes, out), self.kept, (sum_planes, out.device, planes.shape))
 
 
 def summing(planes: Tensor, out: Tensor) -> tuple[tuple[int, int, int], tuple, dict[str, Any]]:
@@ -129,7 +130,7 @@ def summing(planes: Tensor, out: Tensor) -> tuple[tuple[int, int, int], tuple, d
     return (ceil_div(out.numel(), NUMBERS), 1, 1), (planes, out, out.numel(), len(planes)), blocks
 
 
-def launch(
+def launch_kept(
     kernel: Any, grid: tuple[int, int, int], arguments: tuple, keywords: dict[str, Any], kept: Kept, key: tuple
 ) -> None:
     """Triton looks at each argument to find the compiled kernel, which costs more than the rest of a launch: what was
@@ -138,10 +139,10 @@ def launch(
     if again is not None:
         return again(*arguments)
     compiled = kernel[grid](*arguments, **keywords)
-    if compiled is not None:  # as it is in the interpreter
+    if compiled is not None:  # the interpreter gives None
         constants = tuple(keywords[name] for name in kernel.arg_names[len(arguments) :])
-        run = compiled[grid]
-        kept[key] = lambda *arguments: run(*arguments, *constants)
+        compiled_for = compiled[grid]
+        kept[key] = lambda *arguments: compiled_for(*arguments, *constants)
 
 
 class Recipe(NamedTuple):
@@ -242,5 +243,6 @@ def prepare(
         grid = ((call.contexts if sizes.by_context else 1) * tile.splits * tiles_s * tiles_k, tiles_n, 1)
         arguments = (u, f, view_v(factors[roles.v]), w, target, contexts, batch, plane)
     # what else a kernel is called with follows from the call, or was allocated here, and so aligned
-    key = result.device, *((factor.data_ptr() % ALIGNED, factor.stride()) for factor in factors.values())
+    given = (factors[name] for name in NAMES if name in factors)
+    key = KERNELS[sizes.kernel], result.device, *((v.data_ptr() % ALIGNED == 0, v.stride()) for v in given)
     return Launch(KERNELS[sizes.kernel], grid, arguments, keywords, kept, key, name, result, sums, contexts)

@@ -1,6 +1,7 @@
 """The sum of what programs summed apart: `out[n] = sum_p planes[p,n]`, in fp32, the same order each time.
 
-A program takes a block of n and walks the planes, a tile `[p, n]` at a time. Bytes: each plane once.
+Grid: blocks of BN numbers; a program walks the planes, a tile `[BP, BN]` at a time. Flops: one for each number of each
+plane. Bytes: each plane once, and out.
 """
 
 import triton
