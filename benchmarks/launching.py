@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,23 +111,13 @@ def main() -> int:
                     if differs(idle, launch):
                         print(f"{name}: a kept launch of {out} differs where {slot} is {how}")
                         wrong += 1
-        launch = prepare(call, "head_first", "y", factors, mapped, target.chip)
+        prepared = partial(prepare, call, "head_first", "y", factors, mapped, target.chip)
+        launch = prepared()
         launch.run()  # the sum of the splits too
-        found = {
-            "prepare": median_us(
-                lambda call=call, factors=factors, mapped=mapped: prepare(
-                    call, "head_first", "y", factors, mapped, target.chip
-                ),
-                calls,
-            ),
-            "kept launch": median_us(launch.launch, calls),
-            "Triton's own launch": median_us(
-                lambda launch=launch: launch.kernel[launch.grid](*launch.arguments, **launch.keywords), calls
-            ),
-        }
-        print(
-            f"{name}: us of the CPU, without the driver's: {json.dumps({n: round(us, 1) for n, us in found.items()})}"
-        )
+        own = partial(launch.kernel[launch.grid], *launch.arguments, **launch.keywords)
+        timed = {"prepare": prepared, "kept launch": launch.launch, "Triton's own launch": own}
+        found = {what: round(median_us(run, calls), 1) for what, run in timed.items()}
+        print(f"{name}: us of the CPU, without the driver's: {json.dumps(found)}")
     print(f"{len(idle.kernels)} kernels")
     return 1 if wrong else 0
 

@@ -76,9 +76,9 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
             if step.cost.by == TWO_PRODUCTS:
                 alone = Plan(call, step.outputs, (step,), {})
                 found |= zip(step.outputs, torch_matmul.contract(call, alone, factors, context_ids))
-                continue
-            for slot in step.outputs:
-                found |= launch.prepare(call, step.order, slot, factors, mapped, _chip(call.device)).run()
+            else:
+                for slot in step.outputs:
+                    found |= launch.prepare(call, step.order, slot, factors, mapped, _chip(call.device)).run()
     return [found[name] for name in names]
 
 
