@@ -1,5 +1,5 @@
 """What a launch of a Triton kernel costs the CPU, on a machine without a GPU: kernels are compiled, and a driver that
-does nothing stands where the device's is.
+does nothing stands where the device's is. An eager call is `hyper_linear` from its first line to its last.
 
 Also shows that a kept launch hands over what Triton's own does, for tensors that lie in memory in several ways.
 """
@@ -18,6 +18,8 @@ import torch
 from compiled import SHAPES, TARGETS, Elsewhere, driver
 from torch import Tensor
 
+import hyperkernels as hk
+from hyperkernels.backends import triton_fused
 from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call
 from hyperkernels.kernels.launch import Launch, prepare
@@ -81,6 +83,15 @@ def differs(idle: Idle, launch: Launch) -> bool:
     return handed_over(idle) != wanted
 
 
+def arguments(call: Call, factors: dict[str, Tensor]) -> dict[str, Any]:
+    """Of `hyper_linear`, for the factors of a call."""
+    hidden: Any = factors["hidden"]
+    if call.activation:
+        hidden = hk.AdditiveHidden(hidden, factors["chunks"], call.activation)
+    ids = torch.arange(call.entries) % call.contexts if call.mapped else None
+    return {"x": factors["x"], "hidden": hidden, "head": factors["head"], "context_ids": ids}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -96,6 +107,7 @@ def main() -> int:
     target = TARGETS["sm_90"]
     idle = Idle(target.gpu)
     driver.set_active(idle)  # type: ignore[arg-type]
+    triton_fused.interpreted = lambda: True  # the engine then takes tensors of the CPU
     wrong = 0
     for name in ("decode 1, wide", "64 mapped contexts", "odd"):
         call: Call = SHAPES[name].call(torch.bfloat16)
@@ -115,7 +127,13 @@ def main() -> int:
         launch = prepared()
         launch.run()  # the sum of the splits too
         own = partial(launch.kernel[launch.grid], *launch.arguments, **launch.keywords)
-        timed = {"prepare": prepared, "kept launch": launch.launch, "Triton's own launch": own}
+        eager = partial(hk.hyper_linear, **arguments(call, factors), order="head_first", backend="triton")
+        timed = {
+            "eager call": eager,
+            "prepare": prepared,
+            "kept launch": launch.launch,
+            "Triton's own launch": own,
+        }
         found = {what: round(median_us(run, calls), 1) for what, run in timed.items()}
         print(f"{name}: us of the CPU, without the driver's: {json.dumps(found)}")
     print(f"{len(idle.kernels)} kernels")

@@ -16,28 +16,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hyperkernels.call import SLOTS, result_names, slot_of
+from hyperkernels.call import SLOTS, Call, result_names, slot_of
 from hyperkernels.hidden import ACTIVATIONS, additive_pre
-from hyperkernels.operators import FACTORS, call_of, contract
+from hyperkernels.operators import FACTORS, contract
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a call is, beside its tensors: the slots whose partials are wanted, the operator's integers, the activation
-    of `AdditiveHidden` (or ""), a forced order and backend (or "").
+    """What a call is, beside its tensors: the slots whose partials are wanted, a forced order and backend (or None).
 
     To `torch.func` one leaf, which a tuple would not be.
     """
 
     wanted: tuple[str, ...]
-    sizes: tuple[int, ...]
-    activation: str
-    order: str
-    backend: str
+    call: Call
+    order: str | None
+    backend: str | None
 
     @property
     def results(self) -> list[str]:
-        return result_names(self.wanted, self.activation)
+        return result_names(self.wanted, self.call.activation)
+
+    def dense(self) -> Settings:
+        """The same, of a hidden layer that is formed."""
+        return replace(self, call=self.call._replace(activation=""))
 
 
 def partials(settings: Settings, context_ids: Tensor | None, *factors: Tensor | None) -> tuple[Tensor, ...]:
@@ -46,20 +48,14 @@ def partials(settings: Settings, context_ids: Tensor | None, *factors: Tensor | 
     `factors` follow `FACTORS`, and one that no wanted partial is a function of may be None. With an activation,
     the hidden partial is two results, dcontext and dchunks.
     """
-    if _plain(factors):
-        with torch._C._AutoDispatchBelowAutograd():  # which has nothing to record
-            return tuple(run(settings, context_ids, factors))
+    if _unrecorded(factors):
+        return tuple(contract(settings.call, settings.wanted, settings.order, settings.backend, context_ids, *factors))
     if torch.compiler.is_compiling():  # a view: Dynamo loses the gradient of a graph's input that is passed as it is
         return Partials.apply(settings, context_ids, *(None if v is None else v.view_as(v) for v in factors))
     return PartialsForwardMode.apply(settings, context_ids, *factors)
 
 
-def run(settings: Settings, context_ids: Tensor | None, factors: Sequence[Tensor | None]) -> list[Tensor]:
-    s = settings
-    return contract(list(s.wanted), list(s.sizes), s.activation, s.order, s.backend, context_ids, *factors)
-
-
-def _plain(factors: Sequence[Tensor | None]) -> bool:
+def _unrecorded(factors: Sequence[Tensor | None]) -> bool:
     """Whether nobody will ask for a derivative: an autograd Function costs more than a small call."""
     return not (
         torch.compiler.is_compiling()
@@ -76,7 +72,8 @@ class Partials(torch.autograd.Function):
 
     @staticmethod
     def forward(settings, context_ids, y, hidden, chunks, head, x):  # by name: Dynamo counts them
-        return tuple(run(settings, context_ids, (y, hidden, chunks, head, x)))
+        s = settings
+        return tuple(contract(s.call, s.wanted, s.order, s.backend, context_ids, y, hidden, chunks, head, x))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -91,7 +88,7 @@ class Partials(torch.autograd.Function):
         settings = ctx.settings
         needs = [name for name, needed in zip(FACTORS, ctx.needs_input_grad[2:]) if needed]
         given = {name: v for name, v in zip(settings.results, cotangents) if v is not None}
-        if settings.activation and given.keys() & {"hidden", "chunks"}:
+        if settings.call.activation and given.keys() & {"hidden", "chunks"}:
             grads = _additive_second_order(settings, context_ids, factors, needs, given)
         else:
             grads = {}
@@ -124,7 +121,7 @@ class PartialsForwardMode(Partials):
         values = dict(zip(FACTORS, factors))
         moved = {name: v for name, v in zip(FACTORS, tangents) if v is not None}
         totals: dict[str, Tensor] = {}
-        if settings.activation and moved.keys() & {"hidden", "chunks"}:
+        if settings.call.activation and moved.keys() & {"hidden", "chunks"}:
             if "hidden" in settings.wanted:
                 raise NotImplementedError(
                     "forward-mode derivatives of the gradients of AdditiveHidden: pass hidden.materialize() instead"
@@ -135,14 +132,13 @@ class PartialsForwardMode(Partials):
                 tangent = tangent + moved.pop("hidden")[:, None, None]
             if "chunks" in moved:
                 tangent = tangent + moved.pop("chunks")
-            dense = values | {"hidden": ACTIVATIONS[settings.activation].grad(tangent, pre), "chunks": None}
-            _accumulate(totals, replace(settings, activation=""), context_ids, dense)
+            dense = values | {"hidden": ACTIVATIONS[settings.call.activation].grad(tangent, pre), "chunks": None}
+            _accumulate(totals, settings.dense(), context_ids, dense)
         for slot, tangent in moved.items():
             targets = tuple(s for s in settings.wanted if s != slot)
             _accumulate(totals, replace(settings, wanted=targets), context_ids, values | {slot: tangent})
-        call = call_of(settings.sizes, settings.activation, context_ids, tangents)
         like = next(v for v in tangents if v is not None)
-        return tuple(totals[n] if n in totals else like.new_zeros(call.shape(n)) for n in settings.results)
+        return tuple(totals[n] if n in totals else like.new_zeros(settings.call.shape(n)) for n in settings.results)
 
 
 def _read_in_backward(wanted: tuple[str, ...], needs: Sequence[bool], factors: Sequence[Tensor | None]):
@@ -170,14 +166,14 @@ def _additive_second_order(
 ) -> dict[str, Tensor]:
     """The pullback of dcontext and dchunks: phi is not linear in those, so hidden is formed and torch's own
     derivatives of the activation are used."""
-    activation = ACTIVATIONS[settings.activation]
+    activation = ACTIVATIONS[settings.call.activation]
     values: dict[str, Any] = dict(zip(FACTORS, factors))
 
     def gradients(*active: Tensor) -> tuple[Tensor, ...]:
         full = values | dict(zip(needs, active))
         pre = additive_pre(full["hidden"], full["chunks"])
         full |= {"hidden": activation.apply_(pre.clone()), "chunks": None}
-        dense = replace(settings, activation="")
+        dense = settings.dense()
         found = dict(zip(dense.results, partials(dense, context_ids, *full.values())))
         if "hidden" in found:
             dpre = activation.grad(found["hidden"], pre)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -35,59 +36,87 @@ def canonical_form(
     context_ids: Tensor | None = None,
 ) -> Form:
     """Raise what `hyper_linear` promises to raise, or return its arguments in the engine's form."""
-    x, hidden, head = autocast(x, hidden, head)
+    x, hidden, head, bias, head_bias = autocast(x, hidden, head, bias, head_bias)
     check_tensors(x, hidden, head)
     if x.dim() < 1:
         raise ValueError("x: got a scalar, wanted [*, K]")
-    K, lead = x.shape[-1], x.shape[:-1]
-    grid, hidden_shape = grid_of(hidden, head, out_features, K, "out_features")
-    contexts, width = hidden_shape[0], hidden_shape[-1]
-    ids = None
+    if out_features is not None:
+        check_whole("out_features", out_features)
+    ids = by_ids = None
     if context_ids is not None:
         _check_ids(context_ids, x)
-        ids = context_ids.reshape(-1).to(torch.int64)
-        entries, tokens = ids.shape[0], prod(lead[context_ids.dim() :])
+        ids, by_ids = context_ids.reshape(-1).to(torch.int64), context_ids.dim()
+    activation = hidden.activation if isinstance(hidden, AdditiveHidden) else ""
+    shapes = tuple(x.shape), tuple(hidden.shape), tuple(head.shape)
+    # what follows from shapes alone is kept, where they are numbers
+    sizes = (out_features, *shapes[0], *shapes[1], *shapes[2])
+    symbolic = torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in sizes)
+    find = _find_call.__wrapped__ if symbolic else _find_call
+    call = find(*shapes, out_features, by_ids, activation, x.dtype, x.device.type)
+    if isinstance(hidden, Tensor) and hidden.dim() == 3:
+        hidden = hidden[None]
+    check_like("bias", bias, x, (call.grid.out_features,), (call.contexts, call.grid.out_features))
+    check_head_bias(head_bias, call.grid, x)
+    return Form(call, x.reshape(call.entries, call.tokens, x.shape[-1]), hidden, head, ids, bias, head_bias)
+
+
+@lru_cache(maxsize=4096)
+def _find_call(
+    x: tuple[int, ...],
+    hidden: tuple[int, ...],
+    head: tuple[int, ...],
+    out_features: int | None,
+    by_ids: int | None,
+    activation: str,
+    dtype: torch.dtype,
+    device: str,
+) -> Call:
+    """From the shapes of x, hidden and head; `by_ids` is how many of x's dimensions `context_ids` has."""
+    K, lead = x[-1], x[:-1]
+    grid, (contexts, _, _, width) = _find_grid(hidden, head, out_features, K, "out_features")
+    if by_ids is not None:
+        entries, tokens = prod(lead[:by_ids]), prod(lead[by_ids:])
     elif contexts == 1:
         entries, tokens = 1, prod(lead)
     else:
         if not lead or lead[0] != contexts:
             raise ValueError(
-                f"x: got shape {list(x.shape)}, wanted [{contexts}, *, {K}], an entry for each of hidden's "
+                f"x: got shape {list(x)}, wanted [{contexts}, *, {K}], an entry for each of hidden's "
                 f"{contexts} contexts; or give context_ids"
             )
         entries, tokens = contexts, prod(lead[1:])
-    activation = hidden.activation if isinstance(hidden, AdditiveHidden) else ""
-    numbers = (width, contexts, entries, tokens, head.dim() == 4, ids is not None)
-    call = Call(grid, *numbers, activation, x.dtype, x.device.type)
-    if isinstance(hidden, Tensor):
-        hidden = hidden.reshape(hidden_shape)
-    bias, head_bias = autocast(bias, head_bias, kind=call.device)
-    check_like("bias", bias, x, (grid.out_features,), (contexts, grid.out_features))
-    check_head_bias(head_bias, grid, x)
-    return Form(call, x.reshape(entries, tokens, K), hidden, head, ids, bias, head_bias)
+    return Call(grid, width, contexts, entries, tokens, len(head) == 4, by_ids is not None, activation, dtype, device)
 
 
-def grid_of(
-    hidden: Tensor | AdditiveHidden, head: Tensor, out_features: int | None, K: int, source: str
-) -> tuple[Grid, tuple[int, int, int, int]]:
-    """The grid that hidden, head and the extents agree on, and hidden's shape with its context dimension."""
-    if head.dim() not in (3, 4):
-        raise ValueError(f"head: got shape {list(head.shape)}, wanted [m, rows, cols] or [I*J, m, rows, cols]")
-    shape = tuple(hidden.shape)
-    if len(shape) not in (3, 4):
-        raise ValueError(f"hidden: got shape {list(shape)}, wanted [I, J, m] or [G, I, J, m]")
-    G, I, J, m = shape if len(shape) == 4 else (1, *shape)
-    width, rows, cols = head.shape[-3:]
-    if min(rows, cols) < 1 or min(I, J) < 1:
-        raise ValueError(f"head: got shape {list(head.shape)} with hidden {list(shape)}, wanted at least one chunk")
-    if width != m:
-        raise ValueError(f"head: got width {width} in shape {list(head.shape)}, wanted hidden's width {m}")
-    if head.dim() == 4 and head.shape[0] != I * J:
-        raise ValueError(f"head: got {head.shape[0]} heads, wanted one or {I * J}, hidden's {I} x {J} chunks")
-    N = I * rows if out_features is None else out_features
+def check_whole(name: str, value: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {value!r}, wanted an integer")
+
+
+def grid_of_weight(hidden: Tensor | AdditiveHidden, head: Tensor, N: int, K: int) -> Grid:
+    """The grid of a weight `[N, K]`."""
     for value in (N, K):
-        if not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{source}: got {value!r}, wanted an integer")
+        check_whole("shape", value)
+    return _find_grid(tuple(hidden.shape), tuple(head.shape), N, K, "shape")[0]
+
+
+def _find_grid(
+    hidden: tuple[int, ...], head: tuple[int, ...], out_features: int | None, K: int, source: str
+) -> tuple[Grid, tuple[int, int, int, int]]:
+    """The grid that the shapes of hidden and head and the extents agree on, and hidden's shape with its contexts."""
+    if len(head) not in (3, 4):
+        raise ValueError(f"head: got shape {list(head)}, wanted [m, rows, cols] or [I*J, m, rows, cols]")
+    if len(hidden) not in (3, 4):
+        raise ValueError(f"hidden: got shape {list(hidden)}, wanted [I, J, m] or [G, I, J, m]")
+    G, I, J, m = hidden if len(hidden) == 4 else (1, *hidden)
+    width, rows, cols = head[-3:]
+    if min(rows, cols) < 1 or min(I, J) < 1:
+        raise ValueError(f"head: got shape {list(head)} with hidden {list(hidden)}, wanted at least one chunk")
+    if width != m:
+        raise ValueError(f"head: got width {width} in shape {list(head)}, wanted hidden's width {m}")
+    if len(head) == 4 and head[0] != I * J:
+        raise ValueError(f"head: got {head[0]} heads, wanted one or {I * J}, hidden's {I} x {J} chunks")
+    N = I * rows if out_features is None else out_features
     if ceil_div(K, cols) != J:
         what = f"x: got last size {K}" if source == "out_features" else f"shape: got {K} columns"
         raise ValueError(f"{what}, wanted {(J - 1) * cols + 1} to {J * cols}: hidden has {J} chunks of {cols} columns")
@@ -145,11 +174,10 @@ def autocast_enabled(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def autocast(*values: Any, kind: str | None = None) -> tuple[Any, ...]:
-    """Under autocast every floating argument takes autocast's dtype, as `F.linear`'s do (fp64 stays). The device type
-    `kind` is that of the first argument by default."""
-    if kind is None:
-        kind = values[0].device.type if isinstance(values[0], Tensor) else "cpu"
+def autocast(*values: Any) -> tuple[Any, ...]:
+    """Under autocast of the first argument's device, every floating one takes autocast's dtype, as `F.linear`'s do
+    (fp64 stays)."""
+    kind = values[0].device.type if isinstance(values[0], Tensor) else "cpu"
     if not autocast_enabled(kind):
         return values
     dtype = torch.get_autocast_dtype(kind)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hyperkernels.backends import choose_backend, reference
 from hyperkernels.chunking import Grid, to_chunks
 from hyperkernels.derivatives import Settings, partials
-from hyperkernels.form import canonical_form, check_head_bias, check_tensors, grid_of
+from hyperkernels.form import canonical_form, check_head_bias, check_tensors, grid_of_weight
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.operators import check_context_ids, sizes_of
+from hyperkernels.operators import check_context_ids
 
 
 def hyper_linear(
@@ -71,14 +70,13 @@ def hyper_linear(
     """
     form = canonical_form(x, hidden, head, out_features, bias, head_bias, context_ids)
     call, grid, bias, head_bias = form.call, form.call.grid, form.bias, form.head_bias
-    if (order is not None or backend is not None) and not torch.compiler.is_compiling():
-        choose_backend(call, order, backend)  # raises if they cannot be had; a compiled graph does when it runs
     if backend == "reference":
+        choose_backend(call, order, backend)  # raises if the order cannot be had; the operator does for the others
         if form.ids is not None:
             check_context_ids(form.ids, call.contexts)
         y = reference.hyper_linear(form.x, _materialize(form.hidden, form.head, grid, head_bias), form.ids)
     else:
-        settings = Settings(("y",), sizes_of(call), call.activation, order or "", backend or "")
+        settings = Settings(("y",), call, order, backend)
         hidden = form.hidden
         factors = (hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden, None)
         (y,) = partials(settings, form.ids, None, *factors, form.head, form.x)
@@ -120,7 +118,7 @@ def generate_weight(
     check_tensors(head, hidden, head)
     if not isinstance(shape, Sequence) or len(shape) != 2:
         raise ValueError(f"shape: got {shape!r}, wanted (N, K)")
-    grid, _ = grid_of(hidden, head, shape[0], shape[1], "shape")
+    grid = grid_of_weight(hidden, head, shape[0], shape[1])
     check_head_bias(head_bias, grid, head)
     weight = _materialize(hidden, head, grid, head_bias)
     return weight[0] if isinstance(hidden, Tensor) and hidden.dim() == 3 else weight

@@ -15,13 +15,14 @@ from torch.autograd import forward_ad
 from hyperkernels.backends import BACKENDS, plan_call
 from hyperkernels.call import Call, result_names
 from hyperkernels.chunking import Grid
+from hyperkernels.watched import watched
 
 library = torch.library.Library("hyperkernels", "DEF")
 library.define(
     "contract(str[] wanted, SymInt[] sizes, str activation, str order, str backend, Tensor? context_ids, "
     "Tensor? y, Tensor? hidden, Tensor? chunks, Tensor? head, Tensor? x) -> Tensor[]"
 )
-contract = torch.ops.hyperkernels.contract.default
+dispatch = torch.ops.hyperkernels.contract.default
 FACTORS = ("y", "hidden", "chunks", "head", "x")
 
 
@@ -49,18 +50,45 @@ def check_context_ids(context_ids: Tensor, contexts: int) -> None:
             raise ValueError(f"context_ids: got values from {low} to {high}, wanted 0 to {contexts - 1}")
 
 
-def _contract(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:
-    call = call_of(sizes, activation, context_ids, factors)
+def contract(
+    call: Call,
+    wanted: tuple[str, ...],
+    order: str | None,
+    backend: str | None,
+    context_ids: Tensor | None,
+    *factors: Tensor | None,
+) -> list[Tensor]:
+    """The partials of phi by the slots in `wanted`: the operator, or at once what it would come to where nobody sees
+    the difference, since to call it costs as much as the rest of a small call does on a CPU."""
+    if torch.compiler.is_compiling() or watched(context_ids, *factors):
+        settings = list(wanted), list(sizes_of(call)), call.activation, order or "", backend or ""
+        return dispatch(*settings, context_ids, *factors)
+    return _run(call, wanted, order, backend, context_ids, factors)
+
+
+def _run(
+    call: Call,
+    wanted: tuple[str, ...],
+    order: str | None,
+    backend: str | None,
+    context_ids: Tensor | None,
+    factors: Sequence[Tensor | None],
+) -> list[Tensor]:
     if context_ids is not None:
         check_context_ids(context_ids, call.contexts)
-    name, steps = plan_call(call, tuple(wanted), order or None, backend or None)
+    name, plan = plan_call(call, wanted, order, backend)
     run = BACKENDS[name].contract
     assert run is not None
-    if not (call.width and call.contexts and call.entries and call.tokens):  # nothing to sum
-        like = next(factor for factor in factors if factor is not None)
-        return [like.new_zeros(call.shape(name)) for name in result_names(wanted, activation)]
     given = {name: factor for name, factor in zip(FACTORS, factors) if factor is not None}
-    return list(run(call, steps, given, context_ids))
+    if not (call.width and call.contexts and call.entries and call.tokens):  # nothing to sum
+        like = next(iter(given.values()))
+        return [like.new_zeros(call.shape(name)) for name in result_names(wanted, call.activation)]
+    return list(run(call, plan, given, context_ids))
+
+
+def _contract(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:
+    call = call_of(sizes, activation, context_ids, factors)
+    return _run(call, tuple(wanted), order or None, backend or None, context_ids, factors)
 
 
 def _contract_fake(wanted, sizes, activation, order, backend, context_ids, *factors) -> list[Tensor]:
@@ -82,7 +110,7 @@ def _contract_autograd(*arguments):
                 "forward-mode derivatives of a compiled or exported graph: take them outside torch.compile"
             )
     with torch._C._AutoDispatchBelowAutograd():
-        return contract(*arguments)
+        return dispatch(*arguments)
 
 
 def _contract_vmap(info, in_dims, wanted, sizes, activation, order, backend, context_ids, *factors):
@@ -93,12 +121,12 @@ def _contract_vmap(info, in_dims, wanted, sizes, activation, order, backend, con
     call = call_of(sizes, activation, context_ids, factors)
     if not {"head", "chunks"} & (mapped.keys() | set(result_names(wanted, activation))):
         call, folded = _fold(call, info.batch_size, given, mapped, wanted)
-        results = contract(wanted, sizes_of(call), activation, order, backend, *folded.values())
+        results = dispatch(wanted, sizes_of(call), activation, order, backend, *folded.values())
         return [result.unflatten(0, (info.batch_size, -1)) for result in results], [0] * len(results)
     runs = []
     for n in range(info.batch_size):
         one = {name: mapped[name][n] if name in mapped else v for name, v in given.items()}
-        runs.append(contract(wanted, sizes, activation, order, backend, *one.values()))
+        runs.append(dispatch(wanted, sizes, activation, order, backend, *one.values()))
     return [torch.stack(parts) for parts in zip(*runs)], [0] * len(runs[0])
 
 

@@ -9,6 +9,8 @@ import torch
 from conftest import CONTEXTS, CUDA, make_problem
 from torch.autograd import forward_ad, gradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -221,6 +223,34 @@ def test_opcheck(wanted, activation):
     factors = [given[name] for name in FACTORS]
     arguments = (wanted, [N, K, rows, cols, m, G, G, T, 0], activation, "", "", None, *factors)
     torch.library.opcheck(torch.ops.hyperkernels.contract.default, arguments)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators.append(operator)
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_whoever_watches_sees_the_operator(needs_grad):
+    x, hidden, head = (torch.randn(size, requires_grad=needs_grad) for size in ((5, 6), (2, 3, 4), (4, 3, 2)))
+    with Seen() as seen:
+        hk.hyper_linear(x, hidden, head)
+    assert torch.ops.hyperkernels.contract.default in seen.operators
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        hk.hyper_linear(x, hidden, head)
+    assert "hyperkernels::contract" in {event.key for event in found.key_averages()}
+
+
+def test_views_that_negate():
+    negated = torch.randn(5, 6, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    hidden, head = torch.randn(2, 3, 4), torch.randn(4, 3, 2)
+    assert_same(hk.hyper_linear(negated, hidden, head), hk.hyper_linear(negated.resolve_neg(), hidden, head))
 
 
 @pytest.mark.parametrize("order", ORDERS)

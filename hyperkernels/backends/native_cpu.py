@@ -59,11 +59,16 @@ class Split(NamedTuple):
     aligned: bool
 
 
+class Run(NamedTuple):
+    """One run of the engine, but for the tensors: which results it fills, and what workspace it needs."""
+
+    native: Any
+    fills: tuple[int, ...]
+    workspace_bytes: int
+
+
 def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Tensor | None) -> list[Tensor]:
     """The partials of phi by `plan.wanted`, in that order; with an activation the hidden one is (dcontext, dchunks)."""
-    names = result_names(plan.wanted, call.activation)
-    like = next(iter(factors.values()))
-    results = {name: torch.empty(call.shape(name), dtype=call.dtype, device=like.device) for name in names}
     entries = starts = None
     balanced = True
     if context_ids is not None:
@@ -72,42 +77,54 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
         balanced = bool(counts.max() * 2 * torch.get_num_threads() <= counts.sum())
     if call.activation:
         factors = {n: v.contiguous() if n in ("hidden", "chunks") else v for n, v in factors.items()}
+    shapes, runs = _runs(call, plan.wanted, plan.steps, balanced, *_settings())
+    like = next(iter(factors.values()))
+    results = [like.new_empty(shape) for shape in shapes]
     views = {name: (value.data_ptr(), value.stride()) for name, value in factors.items()}
     absent = (0, ())
-    rows = (call.entries * call.tokens, call.contexts, max(call.tokens, 1))
-    for step in plan.steps:
-        for outputs in _runs(step):
-            native = _engine(call, step, outputs, balanced)
-            workspace = torch.empty(native.workspace_bytes(*rows), dtype=torch.uint8)
-            native.run(
-                [views.get(slot, absent) for slot in SLOTS],
-                views.get("chunks", absent),
-                [results[name].data_ptr() for name in result_names(outputs, call.activation)],
-                *rows,
-                0 if entries is None else entries.data_ptr(),
-                0 if starts is None else starts.data_ptr(),
-                workspace.data_ptr(),
-            )
-    return [results[name] for name in names]
+    for native, fills, needed in runs:
+        workspace = like.new_empty(needed, dtype=torch.uint8)
+        native.run(
+            [views.get(slot, absent) for slot in SLOTS],
+            views.get("chunks", absent),
+            [results[n].data_ptr() for n in fills],
+            *_rows(call),
+            0 if entries is None else entries.data_ptr(),
+            0 if starts is None else starts.data_ptr(),
+            workspace.data_ptr(),
+        )
+    return results
 
 
 def estimate(call: Call, step: Step) -> Cost:
+    _, runs = _runs(call, step.outputs, (step._replace(cost=Cost(0.0, 0)),), True, *_settings())
     rows = call.entries * call.tokens
-    natives = [_engine(call, step, outputs, balanced=True) for outputs in _runs(step)]
-    time_us = sum(CALL_US + native.work(rows) / native.threads / VECTORS_PER_US for native in natives)
-    return Cost(time_us, max(native.workspace_bytes(rows, call.contexts, max(call.tokens, 1)) for native in natives))
+    time_us = sum(CALL_US + run.native.work(rows) / run.native.threads / VECTORS_PER_US for run in runs)
+    return Cost(time_us, max(run.workspace_bytes for run in runs))
 
 
-def _runs(step: Step) -> list[tuple[str, ...]]:
-    """The outputs of a step, those together that one run of the engine fills: it sums the rows of one."""
-    if {"x", "y"} <= set(step.outputs):
-        return [(slot,) for slot in step.outputs]
-    return [step.outputs]
+def _rows(call: Call) -> tuple[int, int, int]:
+    return call.entries * call.tokens, call.contexts, max(call.tokens, 1)
 
 
-def _engine(call: Call, step: Step, outputs: tuple[str, ...], balanced: bool) -> Any:
-    settings = (torch.get_num_threads(), workspace_bytes(), INSTRUCTIONS)
-    return _native(call, step.order, step.forms, outputs, balanced, *settings)
+def _settings() -> tuple[int, int, str]:
+    return torch.get_num_threads(), workspace_bytes(), INSTRUCTIONS
+
+
+@lru_cache(maxsize=4096)
+def _runs(
+    call: Call, wanted: tuple[str, ...], steps: tuple[Step, ...], balanced: bool, threads: int, limit: int, isa: str
+) -> tuple[list[tuple[int, ...]], list[Run]]:
+    """The shapes of the results, and the runs that fill them. A run sums the rows of one output."""
+    names = result_names(wanted, call.activation)
+    runs = []
+    for step in steps:
+        apart = {"x", "y"} <= set(step.outputs)
+        for outputs in [(slot,) for slot in step.outputs] if apart else [step.outputs]:
+            native = _native(call, step.order, step.forms, outputs, balanced, threads, limit, isa)
+            fills = tuple(names.index(name) for name in result_names(outputs, call.activation))
+            runs.append(Run(native, fills, native.workspace_bytes(*_rows(call))))
+    return [call.shape(name) for name in names], runs
 
 
 @lru_cache(maxsize=4096)
