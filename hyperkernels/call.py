@@ -13,6 +13,10 @@ belongs to the remaining slot.
 
 So an order is a program and its derivatives: head_first forms `t` from (head, x) for y and dhidden, and its twin
 from (hidden, dy) once for both dx and dhead.
+
+A convolution is the same form with positions: x has a position h, y a position p and head a position s of the kernel,
+and the sum is over those where h is the one that the kernel's position s reads for p. Any two tell the third: a pair
+that has two of them convolves, and what it forms may have the third.
 """
 
 from __future__ import annotations
@@ -35,24 +39,48 @@ PAIRS = {
 }
 ORDERS = tuple(PAIRS)
 
+POSITIONS = "hsp"
+LINEAR = {"y": "gtir", "hidden": "gijk", "head": "krq", "x": "gtjq"}
+CONVOLUTION = {"y": "gtirp", "hidden": "gijk", "head": "krqs", "x": "gtjqh"}
 LABELS = {
-    per_chunk_heads: {"y": "gtir", "hidden": "gijk", "head": "ijkrq" if per_chunk_heads else "krq", "x": "gtjq"}
+    (per_chunk_heads, windowed): labels | {"head": "ij" * per_chunk_heads + labels["head"]}
     for per_chunk_heads in (False, True)
+    for windowed, labels in ((False, LINEAR), (True, CONVOLUTION))
 }
 
 
+def convolves(labels: str) -> bool:
+    """Whether factors of these labels together have two positions, and so tell the third."""
+    return len(set(labels) & set(POSITIONS)) == 2
+
+
 @cache
-def _intermediate(order: str, per_chunk_heads: bool) -> str:
+def _intermediate(order: str, per_chunk_heads: bool, windowed: bool) -> str:
     """The labels that one pair of an order shares with the other."""
-    (a, b), (c, d) = PAIRS[order]
-    labels = LABELS[per_chunk_heads]
-    shared = set(labels[a] + labels[b]) & set(labels[c] + labels[d])
-    return "".join(label for label in "gtijkrq" if label in shared)
+    labels = LABELS[per_chunk_heads, windowed]
+    one, other = (labels[a] + labels[b] for a, b in PAIRS[order])
+    shared = set(one + POSITIONS * convolves(one)) & set(other + POSITIONS * convolves(other))
+    return "".join(label for label in "gtijkrq" + POSITIONS if label in shared)
+
+
+class Window(NamedTuple):
+    """How a convolution's kernel moves, dimension by dimension, over images of a size; zeros lie around them."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        return tuple((n + 2 * pad - d * (k - 1) - 1) // step + 1 for k, step, pad, d, n in zip(*self))
 
 
 class Call(NamedTuple):
     """Everything a plan depends on. `entries` leading entries of x hold `tokens` rows each; without `mapped`,
-    entry g uses context g, so a context shared by all is one entry that holds every token."""
+    entry g uses context g, so a context shared by all is one entry that holds every token. With a `window` a row is an
+    image of K channels."""
 
     grid: Grid
     width: int
@@ -64,24 +92,37 @@ class Call(NamedTuple):
     activation: str = ""
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    window: Window | None = None
 
     @property
     def labels(self) -> dict[str, str]:
-        return LABELS[self.per_chunk_heads]
+        return LABELS[self.per_chunk_heads, self.window is not None]
 
     def intermediate(self, order: str) -> str:
-        return _intermediate(order, self.per_chunk_heads)
+        return _intermediate(order, self.per_chunk_heads, self.window is not None)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a factor, and so of the partial by it; with an activation `hidden` is the context `[G, m]`."""
-        grid, chunks = self.grid, (self.grid.I, self.grid.J, self.width)
+        """Of a factor, and so of the partial by it; with an activation `hidden` is the context `[G, m]`. Positions are
+        one dimension, the last."""
+        grid, chunks, positions = self.grid, (self.grid.I, self.grid.J, self.width), self.positions
         return {
-            "y": (self.entries, self.tokens, grid.out_features),
-            "x": (self.entries, self.tokens, grid.in_features),
+            "y": (self.entries, self.tokens, grid.out_features, *positions.get("p", ())),
+            "x": (self.entries, self.tokens, grid.in_features, *positions.get("h", ())),
             "hidden": (self.contexts, self.width) if self.activation else (self.contexts, *chunks),
             "chunks": chunks,
-            "head": (*((grid.I * grid.J,) if self.per_chunk_heads else ()), self.width, grid.rows, grid.cols),
+            "head": (
+                *((grid.I * grid.J,) if self.per_chunk_heads else ()),
+                *(self.width, grid.rows, grid.cols, *positions.get("s", ())),
+            ),
         }[name]
+
+    @property
+    def positions(self) -> dict[str, tuple[int, ...]]:
+        """Each position's label, and how many there are, as a shape of one dimension; none without a window."""
+        window = self.window
+        if window is None:
+            return {}
+        return {"h": (prod(window.size),), "s": (prod(window.kernel),), "p": (prod(window.output_size),)}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -89,13 +130,18 @@ class Call(NamedTuple):
         contexts = min(self.contexts, max(self.entries, 1))
         tokens = ceil_div(self.entries * self.tokens, max(contexts, 1))
         grid = self.grid
-        return {"g": contexts, "t": tokens, "i": grid.I, "j": grid.J, "k": self.width, "r": grid.rows, "q": grid.cols}
+        chunked = {"i": grid.I, "j": grid.J, "k": self.width, "r": grid.rows, "q": grid.cols}
+        return {"g": contexts, "t": tokens, **chunked, **{label: n for label, (n,) in self.positions.items()}}
 
     def numbers(self, labels: str) -> int:
-        """How many numbers the labels span, over all contexts in use and all tokens."""
+        """How many numbers the labels span, over all contexts in use and all tokens; of two positions, the kernel's at
+        each of y's."""
         sizes = self.sizes
         lead = self.entries * self.tokens if "t" in labels else sizes["g"] if "g" in labels else 1
-        return lead * prod(sizes[label] for label in set(labels) - {"g", "t"})
+        own = set(labels) - {"g", "t"}
+        if convolves(labels):
+            own = own - {"h"} | {"s", "p"}
+        return lead * prod(sizes[label] for label in own)
 
 
 def slot_of(name: str) -> str:

@@ -40,16 +40,17 @@ class Grid(NamedTuple):
         return min(bound, self.out_features, self.in_features)
 
 
-def to_chunks(v: Tensor, size: int) -> Tensor:
-    """`[..., n]` to `[..., ceil(n / size), size]`: a view where `size` divides n, else a zero-padded copy."""
-    n = v.shape[-1]
+def to_chunks(v: Tensor, size: int, dim: int = -1) -> Tensor:
+    """`[..., n, ...]` to `[..., ceil(n / size), size, ...]` at the dimension `dim`, counted from the last: a view where
+    `size` divides n, else a zero-padded copy."""
+    n = v.shape[dim]
     count = ceil_div(n, size)
     if n != count * size:
-        v = F.pad(v, (0, count * size - n))
-    return v.unflatten(-1, (count, size))
+        v = F.pad(v, (*(0, 0) * (-1 - dim), 0, count * size - n))
+    return v.unflatten(dim, (count, size))
 
 
 def weight_from_chunks(chunks: Tensor, out_features: int, in_features: int) -> Tensor:
-    """`[..., I, J, rows, cols]` to `[..., N, K]`."""
-    weight = chunks.transpose(-3, -2).flatten(-4, -3).flatten(-2)
-    return weight[..., :out_features, :in_features]
+    """`[G, I, J, rows, cols, ...]` to `[G, N, K, ...]`."""
+    weight = chunks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return weight[:, :out_features, :in_features]

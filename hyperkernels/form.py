@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ def canonical_form(
         check_whole("out_features", out_features)
     ids = by_ids = None
     if context_ids is not None:
-        _check_ids(context_ids, x)
+        check_ids(context_ids, x, x.dim() - 1)
         ids, by_ids = context_ids.reshape(-1).to(torch.int64), context_ids.dim()
     activation = hidden.activation if isinstance(hidden, AdditiveHidden) else ""
     shapes = tuple(x.shape), tuple(hidden.shape), tuple(head.shape)
@@ -73,7 +74,7 @@ def _find_call(
 ) -> Call:
     """From the shapes of x, hidden and head; `by_ids` is how many of x's dimensions `context_ids` has."""
     K, lead = x[-1], x[:-1]
-    grid, (contexts, _, _, width) = _find_grid(hidden, head, out_features, K, "out_features")
+    grid, (contexts, _, _, width) = find_grid(hidden, head, out_features, K, ("out_features", "x", "last size"))
     if by_ids is not None:
         entries, tokens = prod(lead[:by_ids]), prod(lead[by_ids:])
     elif contexts == 1:
@@ -93,35 +94,50 @@ def check_whole(name: str, value: int) -> None:
         raise TypeError(f"{name}: got {value!r}, wanted an integer")
 
 
-def grid_of_weight(hidden: Tensor | AdditiveHidden, head: Tensor, N: int, K: int) -> Grid:
-    """The grid of a weight `[N, K]`."""
-    for value in (N, K):
+def grid_of_weight(hidden: Tensor | AdditiveHidden, head: Tensor, shape: Sequence[int]) -> Grid:
+    """The grid of a weight of `shape`: `(N, K)`, and a kernel's."""
+    if not isinstance(shape, Sequence) or len(shape) < 2:
+        raise ValueError(f"shape: got {shape!r}, wanted (N, K) or (N, K, *kernel)")
+    for value in shape:
         check_whole("shape", value)
-    return _find_grid(tuple(hidden.shape), tuple(head.shape), N, K, "shape")[0]
+    N, K, *kernel = shape
+    return find_grid(tuple(hidden.shape), tuple(head.shape), N, K, ("shape", "shape", "columns"), tuple(kernel))[0]
 
 
-def _find_grid(
-    hidden: tuple[int, ...], head: tuple[int, ...], out_features: int | None, K: int, source: str
+def find_grid(
+    hidden: tuple[int, ...],
+    head: tuple[int, ...],
+    out_features: int | None,
+    K: int,
+    names: tuple[str, str, str],
+    kernel: tuple[int, ...] = (),
 ) -> tuple[Grid, tuple[int, int, int, int]]:
-    """The grid that the shapes of hidden and head and the extents agree on, and hidden's shape with its contexts."""
-    if len(head) not in (3, 4):
-        raise ValueError(f"head: got shape {list(head)}, wanted [m, rows, cols] or [I*J, m, rows, cols]")
+    """The grid that the shapes of hidden and head and the extents agree on, and hidden's shape with its contexts.
+
+    Errors call the extents by `names`: N's argument, K's, and what of that argument K is."""
+    n = len(kernel)
+    if len(head) not in (3 + n, 4 + n):
+        each = ", ".join(["m, rows, cols", *(["*kernel"] if n else [])])
+        raise ValueError(f"head: got shape {list(head)}, wanted [{each}] or [I*J, {each}]")
     if len(hidden) not in (3, 4):
         raise ValueError(f"hidden: got shape {list(hidden)}, wanted [I, J, m] or [G, I, J, m]")
     G, I, J, m = hidden if len(hidden) == 4 else (1, *hidden)
-    width, rows, cols = head[-3:]
+    width, rows, cols, *own_kernel = head[len(head) - 3 - n :]
+    if tuple(own_kernel) != kernel:
+        raise ValueError(f"head: got shape {list(head)}, wanted one that ends in the kernel's {list(kernel)}")
     if min(rows, cols) < 1 or min(I, J) < 1:
         raise ValueError(f"head: got shape {list(head)} with hidden {list(hidden)}, wanted at least one chunk")
     if width != m:
         raise ValueError(f"head: got width {width} in shape {list(head)}, wanted hidden's width {m}")
-    if len(head) == 4 and head[0] != I * J:
+    if len(head) == 4 + n and head[0] != I * J:
         raise ValueError(f"head: got {head[0]} heads, wanted one or {I * J}, hidden's {I} x {J} chunks")
     N = I * rows if out_features is None else out_features
+    n_name, k_name, k_what = names
     if ceil_div(K, cols) != J:
-        what = f"x: got last size {K}" if source == "out_features" else f"shape: got {K} columns"
+        what = f"{k_name}: got {k_what} {K}" if k_what == "last size" else f"{k_name}: got {K} {k_what}"
         raise ValueError(f"{what}, wanted {(J - 1) * cols + 1} to {J * cols}: hidden has {J} chunks of {cols} columns")
     if ceil_div(N, rows) != I:
-        what = f"out_features: got {N}" if source == "out_features" else f"shape: got {N} rows"
+        what = f"{n_name}: got {N}{' rows' * (n_name == 'shape')}"
         raise ValueError(f"{what}, wanted {(I - 1) * rows + 1} to {I * rows}: hidden has {I} chunks of {rows} rows")
     return Grid(N, K, rows, cols), (G, I, J, m)
 
@@ -142,12 +158,12 @@ def _check_dtype_and_device(name: str, value: Tensor | AdditiveHidden, x: Tensor
         raise ValueError(f"{name}: on {value.device}, wanted x's device {x.device}")
 
 
-def _check_ids(context_ids: Tensor, x: Tensor) -> None:
+def check_ids(context_ids: Tensor, x: Tensor, most: int) -> None:
     if not isinstance(context_ids, Tensor) or context_ids.dtype not in (torch.int32, torch.int64):
         got = context_ids.dtype if isinstance(context_ids, Tensor) else type(context_ids).__name__
         raise TypeError(f"context_ids: got {got}, wanted an int32 or int64 tensor")
     depth = context_ids.dim()
-    if depth == 0 or depth >= x.dim() or context_ids.shape != x.shape[:depth]:
+    if not 1 <= depth <= most or context_ids.shape != x.shape[:depth]:
         raise ValueError(
             f"context_ids: got shape {list(context_ids.shape)}, wanted leading dimensions of x {list(x.shape)}"
         )
@@ -155,8 +171,8 @@ def _check_ids(context_ids: Tensor, x: Tensor) -> None:
         raise ValueError(f"context_ids: on {context_ids.device}, wanted x's device {x.device}")
 
 
-def check_head_bias(head_bias: Tensor | None, grid: Grid, like: Tensor) -> None:
-    chunk = (grid.rows, grid.cols)
+def check_head_bias(head_bias: Tensor | None, grid: Grid, like: Tensor, kernel: tuple[int, ...] = ()) -> None:
+    chunk = (grid.rows, grid.cols, *kernel)
     check_like("head_bias", head_bias, like, chunk, (grid.I * grid.J, *chunk))
 
 

@@ -74,7 +74,7 @@ def hyper_linear(
         choose_backend(call, order, backend)  # raises if the order cannot be had; the operator does for the others
         if form.ids is not None:
             check_context_ids(form.ids, call.contexts)
-        y = reference.hyper_linear(form.x, _materialize(form.hidden, form.head, grid, head_bias), form.ids)
+        y = reference.hyper_linear(form.x, materialize(form.hidden, form.head, grid, head_bias), form.ids)
     else:
         settings = Settings(("y",), call, order, backend)
         hidden = form.hidden
@@ -92,20 +92,20 @@ def hyper_linear(
 def generate_weight(
     hidden: Tensor | AdditiveHidden,
     head: Tensor,
-    shape: tuple[int, int],
+    shape: Sequence[int],
     *,
     head_bias: Tensor | None = None,
 ) -> Tensor:
     """`W[g, i*rows+r, j*cols+q] = sum_k hidden[g,i,j,k] head[k,r,q] (+ head_bias[r,q])`, formed whole.
 
-    For export and as the reference; `hyper_linear` applies W without it.
+    For export and as the reference; `hyper_linear`, `hyper_conv2d` and the others apply W without it.
 
     Args:
-        hidden, head, head_bias: as for `hyper_linear`.
-        shape: `(N, K)`.
+        hidden, head, head_bias: as for `hyper_linear`, or `hyper_conv2d`.
+        shape: `(N, K)`, or of a convolution `(out_channels, in_channels / groups, *kernel)`.
 
     Returns:
-        `[N, K]` for hidden `[I, J, m]`, else `[G, N, K]`.
+        W in this shape for hidden `[I, J, m]`, else `[G, *shape]`.
 
     Raises:
         TypeError, ValueError: as `hyper_linear`, and when `shape` does not fit the grid of chunks.
@@ -116,19 +116,27 @@ def generate_weight(
         torch.Size([8, 14])
     """
     check_tensors(head, hidden, head)
-    if not isinstance(shape, Sequence) or len(shape) != 2:
-        raise ValueError(f"shape: got {shape!r}, wanted (N, K)")
-    grid = grid_of_weight(hidden, head, shape[0], shape[1])
-    check_head_bias(head_bias, grid, head)
-    weight = _materialize(hidden, head, grid, head_bias)
+    grid = grid_of_weight(hidden, head, shape)
+    kernel = tuple(shape[2:])
+    check_head_bias(head_bias, grid, head, kernel)
+    weight = materialize(hidden, head, grid, head_bias, kernel)
     return weight[0] if isinstance(hidden, Tensor) and hidden.dim() == 3 else weight
 
 
-def _materialize(hidden: Tensor | AdditiveHidden, head: Tensor, grid: Grid, head_bias: Tensor | None) -> Tensor:
+def materialize(
+    hidden: Tensor | AdditiveHidden, head: Tensor, grid: Grid, head_bias: Tensor | None, kernel: tuple[int, ...] = ()
+) -> Tensor:
+    """`[G, N, K, *kernel]`."""
     dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
     if dense.dim() == 3:
         dense = dense[None]
-    return reference.materialize(dense, head, grid.out_features, grid.in_features, head_bias)
+
+    def positions_last(v: Tensor) -> Tensor:
+        return v.flatten(-len(kernel)) if kernel else v[..., None]
+
+    bias = None if head_bias is None else positions_last(head_bias)
+    weight = reference.materialize(dense, positions_last(head), grid.out_features, grid.in_features, bias)
+    return weight.reshape(*weight.shape[:3], *kernel)
 
 
 def _add_head_bias(y: Tensor, x: Tensor, head_bias: Tensor, grid: Grid) -> Tensor:

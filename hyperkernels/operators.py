@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hyperkernels.backends import BACKENDS, plan_call
-from hyperkernels.call import Call, result_names
+from hyperkernels.call import Call, Window, result_names
 from hyperkernels.chunking import Grid
 from hyperkernels.watched import watched
 
@@ -27,18 +27,21 @@ FACTORS = ("y", "hidden", "chunks", "head", "x")
 
 
 def sizes_of(call: Call) -> tuple[int, ...]:
-    """The integers of a call, as the operator takes them."""
-    return (*call.grid, call.width, call.contexts, call.entries, call.tokens, int(call.per_chunk_heads))
+    """The integers of a call, as the operator takes them; a window's last, kind by kind."""
+    window = [n for numbers in call.window or () for n in numbers]
+    return (*call.grid, call.width, call.contexts, call.entries, call.tokens, int(call.per_chunk_heads), *window)
 
 
 def call_of(
     sizes: Sequence[int], activation: str, context_ids: Tensor | None, factors: Sequence[Tensor | None]
 ) -> Call:
-    N, K, rows, cols, width, contexts, entries, tokens, per_chunk_heads = sizes
+    N, K, rows, cols, width, contexts, entries, tokens, per_chunk_heads, *rest = sizes
+    n = len(rest) // len(Window._fields)
+    window = Window(*(tuple(rest[n * kind : n * (kind + 1)]) for kind in range(len(Window._fields)))) if n else None
     like = next(factor for factor in factors if factor is not None)
     mapped = context_ids is not None
     numbers = (width, contexts, entries, tokens, bool(per_chunk_heads), mapped)
-    return Call(Grid(N, K, rows, cols), *numbers, activation, like.dtype, like.device.type)
+    return Call(Grid(N, K, rows, cols), *numbers, activation, like.dtype, like.device.type, window)
 
 
 def check_context_ids(context_ids: Tensor, contexts: int) -> None:

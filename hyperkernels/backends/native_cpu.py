@@ -49,6 +49,8 @@ def supports(call: Call, order: str | None) -> tuple[bool, str]:
         return False, f"it runs on the CPU, and the tensors are on {call.device}"
     if call.dtype not in STORAGE:
         return False, f"it has no {call.dtype}"
+    if call.window:
+        return False, "it has no convolutions"
     return True, f"fused native loops, {INSTRUCTIONS}"
 
 

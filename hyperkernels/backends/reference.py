@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperkernels.call import Call
+from hyperkernels.call import Call, Window
 from hyperkernels.chunking import weight_from_chunks
 
 
@@ -16,15 +16,16 @@ def supports(call: Call, order: str | None) -> tuple[bool, str]:
 
 
 def materialize(hidden: Tensor, head: Tensor, out_features: int, in_features: int, head_bias: Tensor | None) -> Tensor:
-    """`W[g, i*rows+r, j*cols+q] = sum_k hidden[g,i,j,k] head[k,r,q] (+ head_bias[r,q])`, `[G, N, K]`."""
+    """`W[g, i*rows+r, j*cols+q, s] = sum_k hidden[g,i,j,k] head[k,r,q,s] (+ head_bias[r,q,s])`, `[G, N, K, s]`, with s
+    the positions of a kernel in one dimension. Of heads and biases there is one, or one per chunk."""
     I, J, m = hidden.shape[1:]
-    rows, cols = head.shape[-2:]
-    if head.dim() == 4:
-        chunks = torch.einsum("gijk,ijkrq->gijrq", hidden, head.reshape(I, J, m, rows, cols))
+    rows, cols, positions = head.shape[-3:]
+    if head.dim() == 5:
+        chunks = torch.einsum("gijk,ijkrqs->gijrqs", hidden, head.reshape(I, J, m, rows, cols, positions))
     else:
-        chunks = torch.einsum("gijk,krq->gijrq", hidden, head)
+        chunks = torch.einsum("gijk,krqs->gijrqs", hidden, head)
     if head_bias is not None:
-        chunks = chunks + (head_bias if head_bias.dim() == 2 else head_bias.reshape(I, J, rows, cols))
+        chunks = chunks + (head_bias if head_bias.dim() == 3 else head_bias.reshape(I, J, rows, cols, positions))
     return weight_from_chunks(chunks, out_features, in_features)
 
 
@@ -33,3 +34,14 @@ def hyper_linear(x: Tensor, weight: Tensor, context_ids: Tensor | None) -> Tenso
     if context_ids is not None:
         weight = weight[context_ids]
     return torch.matmul(x, weight.transpose(-2, -1))
+
+
+def hyper_conv(window: Window, x: Tensor, weight: Tensor, context_ids: Tensor | None) -> Tensor:
+    """Entry by entry, torch's convolution of x `[L, T, K, h]` with W `[G, N, K, s]`: `[L, T, N, p]`."""
+    if context_ids is not None:
+        weight = weight[context_ids]
+    n = len(window.kernel)
+    moves = (window.stride, window.padding, window.dilation, False, [0] * n, 1)
+    images, kernels = x.unflatten(-1, window.size), weight.unflatten(-1, window.kernel)
+    entries = [torch.ops.aten.convolution(image, kernel, None, *moves) for image, kernel in zip(images, kernels)]
+    return torch.stack(entries).flatten(-n) if entries else x.new_empty(*x.shape[:2], weight.shape[1], 0)

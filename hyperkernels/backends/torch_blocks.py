@@ -76,6 +76,8 @@ def passing_bytes(call: Call, blocks: dict[str, int]) -> int:
 def split_labels(call: Call, order: str) -> str:
     """The labels that may be split to make a block's intermediate smaller, first to last."""
     own = {"generate": "gij", "head_first": "gtr", "hidden_first": "gtq"}[order]
+    if call.window and order != "generate":
+        own += "k"  # an image has many positions
     return "ij" + own if call.per_chunk_heads else own
 
 

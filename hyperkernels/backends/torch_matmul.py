@@ -1,4 +1,4 @@
-"""The form's partials by torch matrix products, in the planned order, in blocks of bounded size.
+"""The form's partials by torch's matrix products and convolutions, in the planned order, in blocks of bounded size.
 
 Any device and floating dtype. A step forms its intermediate block by block (`einsum` over one pair of factors) and
 each output consumes it (`einsum` with the partner); the grid of blocks runs over labels of the intermediate, so an
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyperkernels.backends.mapped import Mapped
+from hyperkernels.backends.products import multiply
 from hyperkernels.backends.torch_blocks import block_sizes, split_labels
 from hyperkernels.call import PAIRS, Call, result_names, slot_of
 from hyperkernels.chunking import to_chunks
@@ -80,15 +82,12 @@ class _Run:
         self.activation = ACTIVATIONS[call.activation] if call.activation else None
         self.factors = {name: self._in_place(name, factor) for name, factor in factors.items()}
         grid, device = call.grid, next(iter(factors.values())).device
-        padded = {
-            "y": (call.entries, call.tokens, grid.I * grid.rows),
-            "x": (call.entries, call.tokens, grid.J * grid.cols),
-        }
+        whole = call._replace(grid=grid._replace(out_features=grid.I * grid.rows, in_features=grid.J * grid.cols))
         wide = torch.promote_types(call.dtype, torch.float32)
         self.outputs: dict[str, Tensor] = {}
         self.written_once: set[str] = set()
         for name in result_names(plan.wanted, call.activation):
-            shape = padded.get(name) or call.shape(name)
+            shape = whole.shape(name)
             if self._is_written_once(slot_of(name)):
                 self.written_once.add(name)
                 output = torch.empty(shape, dtype=call.dtype, device=device)
@@ -118,16 +117,14 @@ class _Run:
         labels = self.labels
         formed_labels = self.call.intermediate(step.order)
         a, b = step.forms
-        formed = torch.einsum(
-            f"{labels[a]},{labels[b]}->{formed_labels}", self._fetch(a, group, block), self._fetch(b, group, block)
-        )
+        window = self.call.window
+        parts = self._fetch(a, group, block), self._fetch(b, group, block)
+        formed = multiply(window, labels[a], labels[b], formed_labels, *parts)
         pair = next(pair for pair in PAIRS[step.order] if pair != step.forms)
         for slot in step.outputs:
             partner = pair[1] if slot == pair[0] else pair[0]
-            partial = torch.einsum(
-                f"{formed_labels},{labels[partner]}->{labels[slot]}", formed, self._fetch(partner, group, block)
-            )
-            self._store(slot, group, block, partial)
+            parts = formed, self._fetch(partner, group, block)
+            self._store(slot, group, block, multiply(window, formed_labels, labels[partner], labels[slot], *parts))
 
     def _lead(self, slot: str, group: Group, block: Block) -> tuple[slice | Tensor, ...]:
         """Index of the block along the leading dimensions of `slot`: contexts, or contexts and tokens, or rows."""
@@ -142,7 +139,9 @@ class _Run:
         return tuple(block.get(label, slice(None)) for label in self.labels[slot] if label not in "gt")
 
     def _chunked(self, slot: str, tensor: Tensor) -> Tensor:
-        return to_chunks(tensor, self.grid.cols if slot == "x" else self.grid.rows) if slot in ("x", "y") else tensor
+        if slot not in ("x", "y"):
+            return tensor
+        return to_chunks(tensor, self.grid.cols if slot == "x" else self.grid.rows, -2 if self.call.window else -1)
 
     def _fetch(self, slot: str, group: Group, block: Block) -> Tensor:
         lead, tail = self._lead(slot, group, block), self._tail(slot, block)
@@ -178,8 +177,8 @@ class _Run:
         results = []
         for name, out in self.outputs.items():
             shape = call.shape(name)
-            if name in ("x", "y") and out.shape[-1] != shape[-1]:  # copied: the strides of its own shape
-                cropped = out[..., : shape[-1]].reshape(shape)
+            if out.numel() != prod(shape):  # copied: the strides of its own shape
+                cropped = out.flatten(0, -3 if call.window else -2)[:, : shape[2]].reshape(shape)
                 results.append(torch.empty(shape, dtype=call.dtype, device=out.device).copy_(cropped))
             else:
                 results.append(out.reshape(shape).to(call.dtype))

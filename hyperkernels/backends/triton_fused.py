@@ -48,6 +48,8 @@ def supports(call: Call, order: str | None) -> tuple[bool, str]:
         return False, "it runs on NVIDIA devices of compute capability 8.0 and later"
     if call.dtype not in DTYPES:
         return False, f"it has no {call.dtype}"
+    if call.window:
+        return False, "it has no convolutions"
     if call.per_chunk_heads:
         return False, "its kernels share one head between the chunks"
     return True, "fused Triton kernels, not yet measured on a device, so only when asked for"
