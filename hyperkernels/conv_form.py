@@ -1,0 +1,176 @@
+"""The arguments of `hyper_conv2d` and the others, checked against each other and brought to the engine's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperkernels.call import Call, Window
+from hyperkernels.form import (
+    autocast,
+    check_head_bias,
+    check_ids,
+    check_like,
+    check_tensors,
+    check_whole,
+    find_grid,
+)
+from hyperkernels.hidden import AdditiveHidden
+
+Sizes = int | tuple[int, ...]
+
+
+class ConvForm(NamedTuple):
+    """What a call comes to: images `[B, C, *size]`, which `call` convolves once the groups of channels are contexts of
+    their own (`parts`). `entries` of the batch have `tokens` images each."""
+
+    call: Call
+    x: Tensor
+    hidden: Tensor | AdditiveHidden
+    head: Tensor
+    ids: Tensor | None
+    bias: Tensor | None
+    head_bias: Tensor | None
+    groups: int
+    batched: bool
+    format: torch.memory_format
+
+    @property
+    def folds(self) -> bool:
+        """Whether each group of channels can be a context: it has a hidden of its own, and the same head."""
+        return self.groups == 1 or not (self.call.activation or self.call.per_chunk_heads)
+
+
+def conv_form(
+    n: int,
+    x: Tensor,
+    hidden: Tensor | AdditiveHidden,
+    head: Tensor,
+    out_channels: int | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    bias: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    context_ids: Tensor | None = None,
+) -> ConvForm:
+    """Raise what `hyper_conv2d` promises to raise, or return its arguments as the engine is to see them."""
+    x, hidden, head, bias, head_bias = autocast(x, hidden, head, bias, head_bias)
+    check_tensors(x, hidden, head)
+    if x.dim() not in (n + 1, n + 2):
+        raise ValueError(f"x: got shape {list(x.shape)}, wanted [B, C, {_star(n)}] or [C, {_star(n)}]")
+    batched = x.dim() == n + 2
+    layouts = {2: torch.channels_last, 3: torch.channels_last_3d}
+    format = torch.contiguous_format
+    if batched and n in layouts and not x.is_contiguous() and x.is_contiguous(memory_format=layouts[n]):
+        format = layouts[n]
+    x = x if batched else x[None]
+    steps = {name: _sizes(n, name, v, 1) for name, v in (("stride", stride), ("dilation", dilation))}
+    check_whole("groups", groups)
+    B, C = x.shape[:2]
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups: got {groups}, wanted a positive divisor of x's {C} channels")
+    if out_channels is not None:
+        check_whole("out_channels", out_channels)
+    kernel = tuple(head.shape[-n:])
+    shapes = tuple(hidden.shape), tuple(head.shape)
+    grid, (contexts, _, _, width) = find_grid(
+        *shapes, out_channels, C // groups, ("out_channels", "x", f"channels in each of {groups} groups"), kernel
+    )
+    if groups > 1 and (grid.out_features % groups or grid.out_features // groups % grid.rows):
+        each = f"{grid.out_features} out_channels / {groups} groups"
+        raise ValueError(f"head: got chunks of {grid.rows} rows, wanted a divisor of {each}")
+    x, around = _padded(n, x, padding, kernel, **steps)
+    window = Window(kernel, steps["stride"], around, steps["dilation"], tuple(x.shape[2:]))
+    if min(kernel) < 1 or min(window.output_size) < 1:
+        reach = [d * (k - 1) + 1 for k, d in zip(kernel, window.dilation)]
+        padded = [size + 2 * pad for size, pad in zip(window.size, around)]
+        raise ValueError(f"x: got an image of {padded}, padding included, wanted at least the kernel's {reach}")
+    ids = None
+    if context_ids is not None:
+        check_ids(context_ids, x, 1)
+        ids = context_ids.to(torch.int64)
+    elif contexts not in (1, B):
+        raise ValueError(
+            f"x: got {B} images, wanted {contexts}, one for each of hidden's contexts; or give context_ids"
+        )
+    entries, tokens = (B, 1) if ids is not None or contexts > 1 else (1, B)
+    check_like("bias", bias, x, (grid.out_features,), (contexts, grid.out_features))
+    check_head_bias(head_bias, grid, x, kernel)
+    activation = hidden.activation if isinstance(hidden, AdditiveHidden) else ""
+    if isinstance(hidden, Tensor) and hidden.dim() == 3:
+        hidden = hidden[None]
+    numbers = (width, contexts, entries, tokens, head.dim() == n + 4, ids is not None)
+    call = Call(grid, *numbers, activation, x.dtype, x.device.type, window)
+    return ConvForm(call, x, hidden, head, ids, bias, head_bias, groups, batched, format)
+
+
+class Part(NamedTuple):
+    """An engine's call: x `[L, T, K, h]`, hidden `[G, I, J, m]` or additive, head `[.., m, rows, cols, s]`."""
+
+    call: Call
+    x: Tensor
+    hidden: Tensor | AdditiveHidden
+    head: Tensor
+    ids: Tensor | None
+
+
+def parts(form: ConvForm) -> Iterator[Part]:
+    """One call whose contexts are each group of each context; or where that cannot be, one for each group."""
+    call, hidden, n = form.call, form.hidden, form.groups
+    L, T, I = call.entries, call.tokens, call.grid.I // n
+    grid = call.grid._replace(out_features=call.grid.out_features // n)
+    head = form.head.flatten(-len(call.window.kernel))  # type: ignore[union-attr]
+    images = form.x.reshape(L, T, n, grid.in_features, prod(form.x.shape[2:]))
+    if form.folds and isinstance(hidden, Tensor):
+        ids = form.ids
+        if ids is not None:
+            ids = (ids[:, None] * n + torch.arange(n, device=ids.device)).flatten()
+        folded = call._replace(grid=grid, contexts=call.contexts * n, entries=L * n)
+        yield Part(folded, images.transpose(1, 2).flatten(0, 1), hidden.unflatten(1, (n, I)).flatten(0, 1), head, ids)
+        return
+    for group in range(n):
+        rows = slice(group * I, (group + 1) * I)
+        own_head = head[group * I * grid.J : (group + 1) * I * grid.J] if call.per_chunk_heads else head
+        if isinstance(hidden, AdditiveHidden):
+            own = AdditiveHidden(hidden.context, hidden.chunks[rows], hidden.activation)
+        else:
+            own = hidden[:, rows]
+        yield Part(call._replace(grid=grid), images[:, :, group], own, own_head, form.ids)
+
+
+def _star(n: int) -> str:
+    return ", ".join(("D", "H", "W")[-n:]) if n > 1 else "L"
+
+
+def _sizes(n: int, name: str, value: Any, least: int) -> tuple[int, ...]:
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * n
+    if len(sizes) == 1:
+        sizes *= n
+    if len(sizes) != n or not all(isinstance(v, (int, torch.SymInt)) and v >= least for v in sizes):
+        raise ValueError(f"{name}: got {value!r}, wanted an integer of at least {least}, or {n} of them")
+    return sizes
+
+
+def _padded(
+    n: int, x: Tensor, padding: Sizes | str, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """What is to be padded on either side alike; where "same" wants one zero more at the end, x has it."""
+    if padding == "valid":
+        return x, (0,) * n
+    if padding != "same":
+        if isinstance(padding, str):
+            raise ValueError(f'padding: got {padding!r}, wanted numbers, "same" or "valid"')
+        return x, _sizes(n, "padding", padding, 0)
+    if prod(stride) != 1:
+        raise ValueError(f'padding: got "same" with stride {stride}, wanted stride 1')
+    total = [d * (k - 1) for k, d in zip(kernel, dilation)]
+    if any(t % 2 for t in total):
+        x = F.pad(x, [pad for t in reversed(total) for pad in (0, t % 2)])
+    return x, tuple(t // 2 for t in total)
