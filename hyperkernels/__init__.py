@@ -7,7 +7,7 @@ from hyperkernels.flops import register_flops
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.kernels.tuning import set_tuning
-from hyperkernels.nn import HyperLinear, context
+from hyperkernels.nn import HyperConv1d, HyperConv2d, HyperConv3d, HyperLinear, context
 from hyperkernels.planner import set_workspace_mib
 from hyperkernels.swap import HyperConfig, SwapReport, hyperize_, merge_
 from hyperkernels.version import __version__
@@ -18,6 +18,9 @@ __all__ = [
     "AdditiveHidden",
     "Explanation",
     "HyperConfig",
+    "HyperConv1d",
+    "HyperConv2d",
+    "HyperConv3d",
     "HyperLinear",
     "SwapReport",
     "__version__",

@@ -33,11 +33,11 @@ class Grid(NamedTuple):
     def J(self) -> int:
         return ceil_div(self.in_features, self.cols)
 
-    def rank_bound(self, width: int) -> int:
+    def rank_bound(self, width: int, positions: int = 1) -> int:
         """The largest rank a generated weight can have: each of its `width` Kronecker products has at most
-        `min(I, J) * min(rows, cols)`."""
-        bound = width * min(self.I, self.J) * min(self.rows, self.cols)
-        return min(bound, self.out_features, self.in_features)
+        `min(I, J) * min(rows, cols)`; of a kernel `[N, K * positions]` a column of a chunk is `positions`."""
+        bound = width * min(self.I, self.J) * min(self.rows, self.cols * positions)
+        return min(bound, self.out_features, self.in_features * positions)
 
 
 def to_chunks(v: Tensor, size: int, dim: int = -1) -> Tensor:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
 from hyperkernels.backends import BACKENDS, choose_backend, plan_call
 from hyperkernels.call import OUTPUT, Call
-from hyperkernels.form import canonical_form
+from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d
+from hyperkernels.conv_form import Part, conv_form, parts
+from hyperkernels.form import Form, canonical_form
 from hyperkernels.functional import hyper_linear
+from hyperkernels.nn.layer import HyperLayer
 from hyperkernels.operators import check_context_ids
 from hyperkernels.planner import Plan, Step
+
+CONVOLUTIONS: dict[Any, int] = {hyper_conv1d: 1, hyper_conv2d: 2, hyper_conv3d: 3}
 
 
 @dataclass(frozen=True)
@@ -28,15 +35,23 @@ class Explanation:
     forced_order: str | None
 
     def __str__(self) -> str:
-        call, grid = self.call, self.call.grid
+        call, grid, window = self.call, self.call.grid, self.call.window
         tokens = call.entries * call.tokens
-        dense = 2 * tokens * grid.out_features * grid.in_features
+        positions, kernel, size, output_size = 1, "", "", ""
+        if window:
+            positions = prod(window.kernel)
+            kernel, size, output_size = (
+                "x" + "x".join(map(str, v)) for v in (window.kernel, window.size, window.output_size)
+            )
+        weights = grid.out_features * grid.in_features * positions
+        dense = 2 * tokens * weights * (prod(window.output_size) if window else 1)
         lines = [
-            f"hyper_linear: {tokens} x {grid.in_features} -> {tokens} x {grid.out_features}, {call.contexts} "
-            f"context{'s' * (call.contexts != 1)}, {grid.I}x{grid.J} chunks of {grid.rows}x{grid.cols}, "
+            f"hyper_{f'conv{len(window.kernel)}d' if window else 'linear'}: {tokens} x {grid.in_features}{size} -> "
+            f"{tokens} x {grid.out_features}{output_size}, {call.contexts} context{'s' * (call.contexts != 1)}, "
+            f"{grid.I}x{grid.J} chunks of {grid.rows}x{grid.cols}{kernel}, "
             f"m = {call.width}, {str(call.dtype).removeprefix('torch.')} on {call.device}",
-            f"weights never formed: {_si(call.contexts * grid.out_features * grid.in_features)}; "
-            f"rank at most {grid.rank_bound(call.width)}",
+            f"weights never formed: {_si(call.contexts * weights)}; "
+            f"rank at most {grid.rank_bound(call.width, positions)}",
             f"backend {self.backend}: {BACKENDS[self.backend].supports(call, self.forced_order)[1]}",
             *(f"  not {name}: {reason}" for name, reason in self.ruled_out.items()),
         ]
@@ -98,9 +113,10 @@ def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Expla
     """Print, and return, the plan of a call: the order of y and of each gradient, its cost, and what was ruled out.
 
     Args:
-        target: a `HyperLinear`, or `hyper_linear` itself.
+        target: a hyper layer, `hyper_linear`, `hyper_conv2d` or its like.
         *args, **kwargs: what you would call it with. Nothing is computed but the trunk of a layer. Times are of the
-            contraction: the trunk, and some tens of us that every call costs, come on top.
+            contraction: the trunk, and some tens of us that every call costs, come on top. Where a convolution takes a
+            call for each group of channels, the account is of one.
 
     Raises:
         TypeError: target is neither; and whatever the call itself would raise.
@@ -112,20 +128,22 @@ def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Expla
         >>> plan.forward.order_of("y")
         'head_first'
     """
-    if isinstance(target, nn.Module) and hasattr(target, "arguments"):
+    if isinstance(target, HyperLayer):
         given = inspect.signature(target.forward).bind(*args, **kwargs)
-        kwargs = target.arguments(*given.args, **given.kwargs)  # type: ignore[operator]
-    elif target is hyper_linear:
-        kwargs = inspect.signature(hyper_linear).bind(*args, **kwargs).arguments
+        function, kwargs = type(target).function, target.arguments(*given.args, **given.kwargs)
+    elif target is hyper_linear or target in CONVOLUTIONS:
+        function, kwargs = target, inspect.signature(target).bind(*args, **kwargs).arguments
     else:
         raise TypeError(f"target: got {type(target).__name__}, wanted a hyper layer or hyper_linear")
-    order = kwargs.get("order")
-    tensors = (kwargs[name] for name in ("x", "hidden", "head"))
-    options = (kwargs.get(name) for name in ("out_features", "bias", "head_bias", "context_ids"))
-    form = canonical_form(*tensors, *options)
+    order, forced = kwargs.pop("order", None), kwargs.pop("backend", None)
+    form: Part | Form
+    if function is hyper_linear:
+        form = canonical_form(**kwargs)
+    else:
+        form = next(parts(conv_form(CONVOLUTIONS[function], **kwargs)))
     if form.ids is not None:
         check_context_ids(form.ids, form.call.contexts)
-    backend, ruled_out = choose_backend(form.call, order, kwargs.get("backend"))
+    backend, ruled_out = choose_backend(form.call, order, forced)
     forward = plan_call(form.call, ("y",), order, backend)[1]
     backward = plan_call(form.call, ("hidden", "head", "x"), order, backend)[1]
     explanation = Explanation(form.call, backend, ruled_out, forward, backward, order)

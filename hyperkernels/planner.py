@@ -132,13 +132,14 @@ def _step(call: Call, order: str, forms: tuple[str, str], outputs: tuple[str, ..
     return step._replace(cost=estimate(call, step))
 
 
-def default_chunk(out_features: int, in_features: int, width: int) -> tuple[int, int]:
+def default_chunk(out_features: int, in_features: int, width: int, positions: int = 1) -> tuple[int, int]:
     """The cheapest `(rows, cols)` whose generated weight can still have full rank.
 
     Among powers of two (and the whole extent), minimise FLOPs beside a dense layer's: `width*rows/N + width/cols`
     in head_first, and never more than the 1 of generate, subject to
     `width * min(I, J) * min(rows, cols) >= min(N, K)`; of equals, the one with the fewest parameters. Where no
-    chunk allows full rank, the one that allows the highest.
+    chunk allows full rank, the one that allows the highest. A convolution's kernel has `positions`: each column of a
+    chunk is as many of the weight's, and rows divide `out_features`, of a group.
 
     Example:
         >>> default_chunk(4096, 4096, 32)
@@ -150,9 +151,10 @@ def default_chunk(out_features: int, in_features: int, width: int) -> tuple[int,
 
     def key(chunk: tuple[int, int]) -> tuple[float, ...]:
         grid = Grid(out_features, in_features, *chunk)
-        flops = width * chunk[0] / out_features + width / chunk[1]
+        flops = width * chunk[0] / out_features + width / (chunk[1] * positions)
         padded = grid.I * chunk[0] * grid.J * chunk[1] / (out_features * in_features)
-        parameters = width * (grid.I * grid.J + prod(chunk))
-        return (-grid.rank_bound(width), min(flops * padded, 1.0), parameters)
+        parameters = width * (grid.I * grid.J + prod(chunk) * positions)
+        return (-grid.rank_bound(width, positions), min(flops * padded, 1.0), parameters)
 
-    return min(product(extents(out_features), extents(in_features)), key=key)
+    rows = [n for n in extents(out_features) if positions == 1 or out_features % n == 0]
+    return min(product(rows, extents(in_features)), key=key)

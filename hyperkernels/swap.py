@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -12,16 +12,21 @@ from torch.nn.utils import parametrize
 from hyperkernels.backends import check_backend
 from hyperkernels.call import check_order
 from hyperkernels.nn.ambient import context as ambient_context
+from hyperkernels.nn.conv import SETTINGS, HyperConv, HyperConv1d, HyperConv2d, HyperConv3d
+from hyperkernels.nn.layer import HyperLayer
 from hyperkernels.nn.linear import HyperLinear
 
 Kind = TypeVar("Kind", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
+Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLUTIONS: dict[type, type[HyperConv]] = {nn.Conv1d: HyperConv1d, nn.Conv2d: HyperConv2d, nn.Conv3d: HyperConv3d}
+HYPER = {nn.Linear: HyperLinear, **CONVOLUTIONS}
 READS_WEIGHTS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class HyperConfig:
-    """What `hyperize_` builds: the keywords of `HyperLinear`. `bias` None keeps a layer's own choice.
+    """What `hyperize_` builds: the keywords of `HyperLinear` and `HyperConv2d`. `bias` None keeps a layer's own choice.
 
     Raises:
         ValueError: an unknown order or backend.
@@ -42,7 +47,7 @@ class HyperConfig:
 @dataclass(frozen=True)
 class SwappedLayer:
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     chunk: tuple[int, int]
     parameters_before: int
     parameters: int
@@ -60,17 +65,18 @@ class SwapReport:
         after = sum(layer.parameters for layer in self.swapped)
         lines = [f"layers swapped: {len(self.swapped)}, {before:,} parameters became {after:,}"]
         for layer in self.swapped:
-            (N, K), (rows, cols) = layer.shape, layer.chunk
+            rows, cols = layer.chunk
             grown = ", more than before" if layer.parameters > layer.parameters_before else ""
             counts = f"{layer.parameters_before:,} -> {layer.parameters:,} parameters{grown}"
-            lines.append(f"  {layer.name}: {N}x{K} in chunks of {rows}x{cols}, {counts}")
+            lines.append(f"  {layer.name}: {'x'.join(map(str, layer.shape))} in chunks of {rows}x{cols}, {counts}")
         lines.append(f"layers skipped: {len(self.skipped)}")
         lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
 
 def hyperize_(model: nn.Module, config: HyperConfig | None = None, filter_fn: Filter | None = None) -> SwapReport:
-    """Put a freshly initialised `HyperLinear` in the place of every `nn.Linear` of `model`, in place.
+    """Put a freshly initialised `HyperLinear` in the place of every `nn.Linear` of `model`, and a `HyperConv2d` (or 1d,
+    3d) in that of every `nn.Conv2d`, in place.
 
     Args:
         model: any module. A layer found under several names stays one layer.
@@ -78,7 +84,7 @@ def hyperize_(model: nn.Module, config: HyperConfig | None = None, filter_fn: Fi
         filter_fn: `filter_fn(layer, name)` is True for a layer to swap; all by default.
 
     The new layers keep dtype, device, training mode and whether parameters are frozen. Left alone, with the reason
-    in the report: subclasses of `nn.Linear`, the model itself, parts of a hyper layer, layers whose weight is shared
+    in the report: subclasses of these, the model itself, parts of a hyper layer, layers whose weight is shared
     or parametrized or read by their owner, and layers with hooks.
 
     Raises:
@@ -98,20 +104,20 @@ def hyperize_(model: nn.Module, config: HyperConfig | None = None, filter_fn: Fi
     if not isinstance(config, HyperConfig):
         raise TypeError(f"config: got {type(config).__name__}, wanted a HyperConfig")
     report, built = SwapReport(skipped=_other_matrices(model)), {}
-    names = _names(model, nn.Linear)
+    names = _names(model, tuple(HYPER))
     for layer, found in names.items():
         reason = _reason_to_skip(model, layer, found, filter_fn)
         if reason:
             report.skipped[found[0]] = reason
             continue
         try:
-            built[layer] = _hyper_linear_like(layer, config)
+            built[layer] = _hyper_layer_like(layer, config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"config: does not fit {found[0]!r}: {error}") from error
         report.swapped.append(
             SwappedLayer(
                 found[0],
-                (layer.out_features, layer.in_features),
+                tuple(layer.weight.shape),
                 built[layer].chunk,
                 sum(p.numel() for p in layer.parameters()),
                 sum(p.numel() for p in built[layer].parameters()),
@@ -124,20 +130,21 @@ def hyperize_(model: nn.Module, config: HyperConfig | None = None, filter_fn: Fi
 
 
 def _other_matrices(model: nn.Module) -> dict[str, str]:
-    """Layers that hold a matrix and are not `nn.Linear`: nobody should wonder why they were not swapped."""
+    """Other layers that hold a matrix or more: nobody should wonder why they were not swapped."""
     found = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Linear, nn.Embedding)):
-            found[name] = f"it is a {type(module).__name__}, not an nn.Linear"
+        if weight is not None and weight.dim() > 1 and not isinstance(module, (*HYPER, nn.Embedding)):
+            found[name] = f"it is a {type(module).__name__}, neither nn.Linear nor nn.Conv"
     return found
 
 
 def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
-    """Put an `nn.Linear` with the generated weight in the place of every `HyperLinear` of `model`, in place.
+    """Put an `nn.Linear` or `nn.Conv2d` (or 1d, 3d) with the generated weight in the place of every hyper layer of
+    `model`, in place.
 
     Args:
-        model: any module; a `HyperLinear` itself comes back as the `nn.Linear`.
+        model: any module; a hyper layer itself comes back as the dense one.
         context: `[context_features]` or `[1, context_features]`, the one context whose weights stay; only for
             conditional layers. The ambient `hyperkernels.context` does as well.
 
@@ -161,12 +168,12 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    names = _names(model, HyperLinear)
+    names = _names(model, HyperLayer)
     if context is None:
-        built = {layer: layer.to_linear() for layer in names}
+        built = {layer: layer.to_dense() for layer in names}
     else:
         with ambient_context(context):
-            built = {layer: layer.to_linear() for layer in names}
+            built = {layer: layer.to_dense() for layer in names}
     for layer, new in built.items():
         if layer is model:
             return new
@@ -175,7 +182,7 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
     return model
 
 
-def _names(model: nn.Module, kind: type[Kind]) -> dict[Kind, list[str]]:
+def _names(model: nn.Module, kind: type[Kind] | tuple[type[Kind], ...]) -> dict[Kind, list[str]]:
     """Each module of a kind, with every name it goes by."""
     names: dict[Kind, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -184,10 +191,10 @@ def _names(model: nn.Module, kind: type[Kind]) -> dict[Kind, list[str]]:
     return names
 
 
-def _reason_to_skip(model: nn.Module, layer: nn.Linear, names: list[str], filter_fn: Filter | None) -> str:
+def _reason_to_skip(model: nn.Module, layer: Dense, names: list[str], filter_fn: Filter | None) -> str:
     if layer is model:
-        return "it is the model itself: build a HyperLinear instead"
-    if type(layer) is not nn.Linear:
+        return "it is the model itself: build a hyper layer instead"
+    if type(layer) not in HYPER:
         return f"it is a {type(layer).__name__}, whose owner may read its weight"
     if parametrize.is_parametrized(layer):
         return "its weight is parametrized"
@@ -211,20 +218,25 @@ def _reason_to_skip(model: nn.Module, layer: nn.Linear, names: list[str], filter
 
 def _inside_hyper_layer(model: nn.Module, name: str) -> bool:
     parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:n])), HyperLinear) for n in range(len(parts)))
+    return any(isinstance(model.get_submodule(".".join(parts[:n])), HyperLayer) for n in range(len(parts)))
 
 
-def _hyper_linear_like(layer: nn.Linear, config: HyperConfig) -> HyperLinear:
-    new = HyperLinear(
-        layer.in_features,
-        layer.out_features,
-        (layer.bias is not None) if config.bias is None else config.bias,
-        context_features=config.context_features,
-        chunk=config.chunk,
-        width=config.width,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
-    )
+def _hyper_layer_like(layer: Dense, config: HyperConfig) -> HyperLayer:
+    bias = (layer.bias is not None) if config.bias is None else config.bias
+    given: dict[str, Any] = {
+        "bias": bias,
+        "context_features": config.context_features,
+        "chunk": config.chunk,
+        "width": config.width,
+        "device": layer.weight.device,
+        "dtype": layer.weight.dtype,
+    }
+    if isinstance(layer, nn.Linear):
+        new = HyperLinear(layer.in_features, layer.out_features, **given)
+    else:
+        sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+        settings = {name: getattr(layer, name) for name in SETTINGS}
+        new = CONVOLUTIONS[type(layer)](*sizes, **settings, **given)
     new.order, new.backend = config.order, config.backend
     new.train(layer.training).requires_grad_(layer.weight.requires_grad)
     if new.bias is not None and layer.bias is not None:

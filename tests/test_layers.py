@@ -32,7 +32,7 @@ def make(kind, **keywords):
 @kinds
 def test_is_the_linear_layer_it_generates(kind):
     layer, x, z = make(kind)
-    linears = [layer.to_linear(None if z is None else z[g]) for g in range(7)]
+    linears = [layer.to_dense(None if z is None else z[g]) for g in range(7)]
     wanted = torch.stack([linear(x[g]) for g, linear in enumerate(linears)])
     torch.testing.assert_close(layer(x, z), wanted)
 
@@ -45,7 +45,7 @@ def test_initial_weights_have_the_variance_of_nn_linear(shape, bias, context_fea
     layer = hk.HyperLinear(K, N, bias, context_features=context_features)
     default = nn.Linear(K, N)
     zs = [None] if context_features is None else torch.randn(24, context_features)
-    linears = [layer.to_linear(z) for z in zs]
+    linears = [layer.to_dense(z) for z in zs]
     ratio = torch.stack([v.weight.var() for v in linears]).mean() / default.weight.var()
     assert 0.85 < ratio < 1.15
     bias_ratio = torch.stack([v.bias.var() for v in linears]).mean() / default.bias.var()
@@ -92,7 +92,7 @@ def test_a_static_layer_ignores_the_ambient_context():
 def test_context_ids(kind):
     layer, _, z = make(KINDS[kind])
     x, ids = torch.randn(9, 2, 30), torch.tensor([6, 0, 0, 1, 6, 6, 3, 3, 3])
-    wanted = torch.stack([layer.to_linear(z[g])(x[n]) for n, g in enumerate(ids)])
+    wanted = torch.stack([layer.to_dense(z[g])(x[n]) for n, g in enumerate(ids)])
     torch.testing.assert_close(layer(x, z, ids), wanted)
     with hk.context(z, ids):
         torch.testing.assert_close(layer(x), wanted)
@@ -184,7 +184,7 @@ def test_a_hypernetwork_of_ones_own():
     grid = Grid(20, 30, 4, 10)
     layer = hk.HyperLinear(30, 20, context_features=5, chunk=(4, 10), width=4, hypernet=Own(grid))
     x, z = torch.randn(7, 3, 30), torch.randn(7, 5)
-    wanted = torch.stack([layer.to_linear(z[g])(x[g]) for g in range(7)])
+    wanted = torch.stack([layer.to_dense(z[g])(x[g]) for g in range(7)])
     torch.testing.assert_close(layer(x, z), wanted)
     before = [p.clone() for p in layer.hypernet.parameters()]
     layer.reset_parameters()

@@ -117,7 +117,7 @@ def test_default_chunk_is_cheap_and_not_rank_limited(N, K, width):
 
 def test_a_weight_of_default_chunks_has_full_rank():
     layer = hk.HyperLinear(96, 64, width=8, bias=False)
-    assert torch.linalg.matrix_rank(layer.to_linear().weight.double()) == 64
+    assert torch.linalg.matrix_rank(layer.to_dense().weight.double()) == 64
     assert layer.grid.rank_bound(8) == 64
 
 

@@ -1,0 +1,150 @@
+"""`HyperConv1d`, `HyperConv2d` and `HyperConv3d`: `nn.ConvNd` with a generated kernel that is never formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperkernels.chunking import Grid
+from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d
+from hyperkernels.nn.layer import HyperLayer, check_chunk, check_size
+from hyperkernels.planner import default_chunk
+
+Sizes = int | tuple[int, ...]
+SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")  # of nn.ConvNd
+
+
+class HyperConv(HyperLayer):
+    """What the three have in common; nn.ConvNd itself checks the sizes and keeps the settings."""
+
+    dense: Any  # nn.Conv1d, nn.Conv2d or nn.Conv3d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        bias: bool | str = True,
+        padding_mode: str = "zeros",
+        *,
+        context_features: int | None = None,
+        chunk: tuple[int, int] | None = None,
+        width: int = 32,
+        hypernet: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("in_channels", in_channels), ("out_channels", out_channels), ("width", width)):
+            check_size(name, size)
+        given = (kernel_size, stride, padding, dilation, groups, False, padding_mode)
+        like = self.dense(in_channels, out_channels, *given, device="meta")
+        N, K, *kernel = like.weight.shape
+        if chunk is None:
+            rows, cols = default_chunk(N // groups, K, width, positions=like.weight[0, 0].numel())
+        else:
+            rows, cols = check_chunk(chunk)
+        if groups > 1 and N // groups % rows:
+            raise ValueError(f"chunk: got {rows} rows, wanted a divisor of {N} out_channels / {groups} groups")
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(Grid(N, K, rows, cols), tuple(kernel), bias, context_features, width, hypernet, factory)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, like.kernel_size
+        self.stride, self.padding, self.dilation, self.groups, self.padding_mode = (
+            getattr(like, name) for name in SETTINGS
+        )
+        self._around = like._reversed_padding_repeated_twice
+
+    def arguments(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> dict[str, Any]:
+        """The arguments of `hyper_conv2d`, or its like, that a call of the layer comes to."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
+        n = len(self.kernel)
+        if x.dim() not in (n + 1, n + 2) or x.shape[-n - 1] != self.in_channels:
+            wanted = ", ".join([str(self.in_channels), *"DHW"[3 - n :]])
+            raise ValueError(f"x: got shape {list(x.shape)}, wanted [B, {wanted}] or [{wanted}]")
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._around, mode=self.padding_mode), 0
+        given = {name: getattr(self, name) for name in ("out_channels", "stride", "dilation", "groups")}
+        return super().arguments(x, context, context_ids) | given | {"padding": padding}
+
+    def _dense(self, bias: bool, **factory: Any) -> nn.Module:
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        return self.dense(self.in_channels, self.out_channels, self.kernel_size, bias=bias, **settings, **factory)
+
+    def extra_repr(self) -> str:
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in ("kernel_size", *SETTINGS))
+        return f"{self.in_channels}, {self.out_channels}, {settings}, {super().extra_repr()}"
+
+
+class HyperConv1d(HyperConv):
+    """`HyperConv2d` in one dimension.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> hk.HyperConv1d(16, 32, 5, padding="same", width=4)(torch.randn(2, 16, 50)).shape
+        torch.Size([2, 32, 50])
+    """
+
+    function = staticmethod(hyper_conv1d)
+    dense = nn.Conv1d
+
+
+class HyperConv2d(HyperConv):
+    """`y = W(z) * x + b`, a convolution whose kernel
+    `W[i*rows+r, j*cols+q, s] = sum_k hidden(z)[i,j,k] head[k,r,q,s]` is never formed.
+
+    Takes the place of `nn.Conv2d`: `layer(x)` with x `[B, in_channels, H, W]` or `[in_channels, H, W]`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as of `nn.Conv2d`.
+        bias: True for a learned `[out_channels]`, False for none, "generated" for one that is generated too.
+        context_features: size of the context z; None makes the layer static.
+        chunk: `(rows, cols)` of `(out_channels, in_channels / groups)`; a chunk holds the whole kernel of each pair of
+            channels. `rows` must divide `out_channels / groups`, unless groups is 1. By default the cheapest that does
+            not limit the rank.
+        width, hypernet, device, dtype: as of `HyperLinear`.
+
+    Call:
+        `layer(x, context=None, context_ids=None)`, with the context of `HyperLinear`: `z [B, context_features]` gives
+        each image a kernel of its own.
+
+    At first the generated kernel has nn.Conv2d's variance, for contexts of unit variance.
+
+    Memory, numerics: `hyper_conv2d`.
+
+    Raises:
+        ValueError, RuntimeError: what `nn.Conv2d` refuses; a chunk that does not fit the groups; no context where one
+            is needed, or one for a static layer; a context or x of the wrong size.
+        TypeError: x or the context is not of the layer's dtype, or hypernet is no module.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> layer = hk.HyperConv2d(16, 32, 3, padding=1, context_features=5, width=8)
+        >>> layer(torch.randn(4, 16, 10, 10), torch.randn(4, 5)).shape  # a kernel for each image
+        torch.Size([4, 32, 10, 10])
+
+    Source: Ha, Dai and Le 2016 (HyperNetworks), section 3.1.
+    """
+
+    function = staticmethod(hyper_conv2d)
+    dense = nn.Conv2d
+
+
+class HyperConv3d(HyperConv):
+    """`HyperConv2d` in three dimensions.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> hk.HyperConv3d(4, 8, 3, stride=2, width=4)(torch.randn(2, 4, 7, 7, 7)).shape
+        torch.Size([2, 8, 3, 3, 3])
+    """
+
+    function = staticmethod(hyper_conv3d)
+    dense = nn.Conv3d

@@ -1,0 +1,189 @@
+"""What every hyper layer is: a hypernetwork, a head, a bias, and where the context comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperkernels.chunking import Grid
+from hyperkernels.form import autocast_enabled
+from hyperkernels.functional import generate_weight, hyper_linear
+from hyperkernels.hidden import AdditiveHidden
+from hyperkernels.nn.ambient import check_context, current_context
+from hyperkernels.nn.trunk import Trunk
+
+Hidden = Tensor | AdditiveHidden
+
+
+class HyperLayer(nn.Module):
+    """A layer whose weight `[N, K, *kernel]` is generated chunk by chunk, and applied by `function` without being
+    formed; `to_dense` alone forms it."""
+
+    function: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        grid: Grid,
+        kernel: tuple[int, ...],
+        bias: bool | str,
+        context_features: int | None,
+        width: int,
+        hypernet: nn.Module | None,
+        factory: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        check_size("width", width)
+        if not (isinstance(bias, bool) or (isinstance(bias, str) and bias == "generated")):
+            raise ValueError(f'bias: got {bias!r}, wanted True, False or "generated"')
+        if hypernet is not None and not isinstance(hypernet, nn.Module):
+            raise TypeError(f"hypernet: got {type(hypernet).__name__}, wanted a torch.nn.Module")
+        self.grid, self.kernel = grid, kernel
+        self.width, self.context_features = width, context_features
+        self.order: str | None = None
+        self.backend: str | None = None
+        generated = bias == "generated"
+        self._owns_hypernet = hypernet is None
+        if hypernet is None:
+            hypernet = Trunk((grid.I, grid.J + generated), width, context_features=context_features, **factory)
+        self.hypernet = hypernet
+        self.head = nn.Parameter(torch.empty(width, grid.rows, grid.cols, *kernel, **factory))
+        self.bias_head = nn.Parameter(torch.empty(width, grid.rows, 1, **factory)) if generated else None
+        self.bias = nn.Parameter(torch.empty(grid.out_features, **factory)) if bias is True else None
+        self.reset_parameters()
+
+    @property
+    def chunk(self) -> tuple[int, int]:
+        return self.grid.rows, self.grid.cols
+
+    @property
+    def fan_in(self) -> int:
+        return self.grid.in_features * prod(self.kernel)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A new trunk (the layer's own; one that was passed in stays), and heads and bias as a dense layer's vary."""
+        if self._owns_hypernet:
+            self.hypernet.reset_parameters()  # type: ignore[operator]
+        moment = self._hidden_second_moment().clamp_min(1e-6)
+        std = (3 * self.fan_in * self.width * moment).rsqrt()
+        for head in (self.head, self.bias_head):
+            if head is not None:
+                head.normal_().mul_(std.to(head.dtype))
+        if self.bias is not None:
+            bound = self.fan_in**-0.5
+            self.bias.uniform_(-bound, bound)
+
+    def _hidden_second_moment(self) -> Tensor:
+        """Mean of hidden squared: exact for a static trunk, else over a few standard normal contexts."""
+        if self.context_features is None:
+            contexts: list[Tensor | None] = [None]
+        else:
+            contexts = list(torch.randn(16, 1, self.context_features, dtype=self.head.dtype, device=self.head.device))
+        moments = []
+        for z in contexts:
+            hidden = self.hypernet(z)
+            dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
+            moments.append(dense.float().square().mean())
+        return torch.stack(moments).mean()
+
+    def hidden(self, context: Tensor | None = None) -> tuple[Hidden, Tensor | None]:
+        """`(hidden, context_ids)` for a context: the argument, else the ambient one, else none (a static layer)."""
+        context_ids = None
+        if context is None and self.context_features is not None:
+            context, context_ids = current_context()
+            if context is None:
+                raise ValueError(
+                    f"context: got none, wanted [G, {self.context_features}]: call layer(x, context=z), or the model "
+                    "inside `with hyperkernels.context(z):`"
+                )
+        if context is not None:
+            if self.context_features is None:
+                raise ValueError("context: this layer is static: build it with context_features to condition it")
+            context = check_context(context, "context", self.context_features)
+            self._check_dtype("context", context)
+        return self.hypernet(context), context_ids
+
+    def _check_dtype(self, name: str, value: Tensor) -> None:
+        if value.dtype != self.head.dtype and not autocast_enabled(value.device.type):
+            raise TypeError(f"{name}: got {value.dtype}, wanted the layer's dtype {self.head.dtype}")
+
+    def arguments(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> dict[str, Any]:
+        """The arguments of `function` that a call of the layer comes to."""
+        self._check_dtype("x", x)
+        hidden, ambient_ids = self.hidden(context)
+        weight_hidden, bias = self._split_bias(hidden)
+        return {
+            "x": x,
+            "hidden": weight_hidden,
+            "head": self.head,
+            "bias": bias,
+            "context_ids": ambient_ids if context_ids is None else context_ids,
+            "order": self.order,
+            "backend": self.backend,
+        }
+
+    def forward(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> Tensor:
+        return type(self).function(**self.arguments(x, context, context_ids))
+
+    def _split_bias(self, hidden: Hidden) -> tuple[Hidden, Tensor | None]:
+        """The weight's chunks, and the bias: the last column of chunks through its own head, where it is generated."""
+        if self.bias_head is None:
+            return hidden, self.bias
+        J = self.grid.J
+        if isinstance(hidden, AdditiveHidden):
+            weight, last = (
+                AdditiveHidden(hidden.context, part, hidden.activation)
+                for part in (hidden.chunks[:, :J], hidden.chunks[:, J:])
+            )
+        else:
+            weight, last = hidden[..., :J, :], hidden[..., J:, :]
+        contexts = _contexts(hidden)
+        ones = self.bias_head.new_ones((contexts, 1) if contexts != 1 else (1,))
+        return weight, hyper_linear(ones, last, self.bias_head, out_features=self.grid.out_features)
+
+    @torch.no_grad()
+    def to_dense(self, context: Tensor | None = None) -> Any:
+        """The dense layer that this one is, for one context: its weight formed, and trainable."""
+        hidden, _ = self.hidden(context)
+        contexts = _contexts(hidden)
+        if contexts != 1:
+            raise ValueError(f"context: got {contexts} contexts, wanted one: a dense layer has one weight")
+        weight_hidden, bias = self._split_bias(hidden)
+        shape = (self.grid.out_features, self.grid.in_features, *self.kernel)
+        weight = generate_weight(weight_hidden, self.head, shape)
+        dense = self._dense(bias is not None, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
+        dense.weight.copy_(weight.view(shape))
+        if bias is not None:
+            dense.bias.copy_(bias)
+        return dense.train(self.training)
+
+    def _dense(self, bias: bool, **factory: Any) -> Any:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        bias = "generated" if self.bias_head is not None else self.bias is not None
+        context = "static" if self.context_features is None else f"context_features={self.context_features}"
+        own = sum(p.numel() for p in self.parameters())
+        return (
+            f"bias={bias}, chunk={self.grid.rows}x{self.grid.cols}, width={self.width}, {context}, "
+            f"{own:,} parameters for {self.grid.out_features * self.fan_in:,} weights"
+        )
+
+
+def _contexts(hidden: Hidden) -> int:
+    return hidden.shape[0] if len(hidden.shape) == 4 else 1
+
+
+def check_size(name: str, size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name}: got {size!r}, wanted a positive integer")
+
+
+def check_chunk(chunk: tuple[int, int]) -> tuple[int, int]:
+    if not (isinstance(chunk, (tuple, list)) and len(chunk) == 2 and all(isinstance(c, int) and c > 0 for c in chunk)):
+        raise ValueError(f"chunk: got {chunk!r}, wanted (rows, cols), positive integers")
+    return chunk[0], chunk[1]
