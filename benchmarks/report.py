@@ -16,6 +16,8 @@ COLORS = {
     "nn.Linear": "0.35",
     "tuned dense": "0.6",
     "hypnettorch": "#e69f00",
+    "nn.Conv2d": "0.35",
+    "grouped conv": "#d55e00",
     "materialise": "#d55e00",
     "einsum": "#56b4e9",
     "torch backend": "#009e73",
@@ -47,7 +49,7 @@ def roof(case: dict[str, Any], results: dict[str, Any]) -> tuple[float, str]:
 
 def usual(case: dict[str, Any]) -> str:
     """The baseline that the case is about."""
-    return next(name for name in ("hypnettorch", "nn.Linear") if name in case["times"])
+    return next(name for name in ("hypnettorch", "nn.Linear", "nn.Conv2d", "grouped conv") if name in case["times"])
 
 
 def verdicts(case: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -57,7 +59,8 @@ def verdicts(case: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, b
     for baseline, factor in case.get("faster", {}).items():
         got = ratio(case, baseline)
         most = case["times"][baseline]["p50_ms"] / roof(case, results)[0]
-        found.append((f"{got:.1f} times faster than {baseline}, wanted {factor} [{most:.1f}]", got >= factor))
+        wanted = f"{got:.2f} times faster than {baseline}, wanted {factor:.3g} [{most:.1f}]"
+        found.append((wanted, got >= factor))
     for baseline, factor in case.get("smaller", {}).items():
         got = case["peak_mib"][baseline] / case["peak_mib"][engine(case)]
         found.append((f"{got:.0f} times less memory than {baseline}, wanted {factor}", got >= factor))

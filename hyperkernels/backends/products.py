@@ -1,4 +1,4 @@
-"""A product of two labelled factors by torch: an einsum, or a convolution where they have two positions."""
+"""A product of two labelled factors by torch: a convolution where they have two positions, else a matrix product."""
 
 from __future__ import annotations
 
@@ -12,9 +12,25 @@ from hyperkernels.call import Window, convolves
 
 def multiply(window: Window | None, left: str, right: str, out: str, a: Tensor, b: Tensor) -> Tensor:
     """The sum over all labels that `out` has not of `a`, labelled `left`, times `b`, labelled `right`."""
-    if window is None or not convolves(left + right):
-        return torch.einsum(f"{left},{right}->{out}", a, b)
-    return _convolve(window, {left: a, right: b}, out)
+    if window and convolves(left + right):
+        return _convolve(window, {left: a, right: b}, out)
+    if window and "t" in out:
+        hidden, images = ((left, a), (right, b)) if "t" in right else ((right, b), (left, a))
+        if set(hidden[0]) & set(images[0]) & set(out) == {"g"}:
+            return _mix(*hidden, *images, out)
+    return torch.einsum(f"{left},{right}->{out}", a, b)
+
+
+def _mix(hidden: str, h: Tensor, images: str, v: Tensor, out: str) -> Tensor:
+    """The labels of `images` that are hidden's make way for others, image by image, with the positions where they lie:
+    an einsum would bring them to the front, and its result back."""
+    own = [label for label in hidden if label in out and label != "g"]
+    mixed = [label for label in images if label in hidden and label != "g"]
+    h = h.permute([hidden.index(label) for label in ("g", *own, *mixed)])
+    n = 2 + len(mixed)
+    extents = h.shape[1 : 1 + len(own)]
+    matrix = h.reshape(h.shape[0], 1, prod(extents), -1)
+    return (matrix @ v.flatten(2, n - 1).flatten(3)).reshape(*v.shape[:2], *extents, *v.shape[n:])
 
 
 def _convolve(window: Window, factors: dict[str, Tensor], out: str) -> Tensor:

@@ -93,7 +93,7 @@ def _block_sizes(call: Call, order: str, half: int) -> dict[str, int]:
     for label in "gt":
         while blocks[label] > 1 and passing_bytes(call, blocks) > half:
             blocks[label] = ceil_div(blocks[label], 2)
-    limit = min(half, _machine(call).block_bytes)
+    limit = half if call.window else min(half, _machine(call).block_bytes)
     for label in split_labels(call, order):
         while blocks[label] > 1 and formed_bytes(call, order, blocks) > limit:
             blocks[label] = ceil_div(blocks[label], 2)

@@ -81,19 +81,13 @@ class _Run:
         self.call, self.plan, self.labels, self.grid = call, plan, call.labels, call.grid
         self.activation = ACTIVATIONS[call.activation] if call.activation else None
         self.factors = {name: self._in_place(name, factor) for name, factor in factors.items()}
-        grid, device = call.grid, next(iter(factors.values())).device
-        whole = call._replace(grid=grid._replace(out_features=grid.I * grid.rows, in_features=grid.J * grid.cols))
-        wide = torch.promote_types(call.dtype, torch.float32)
+        self.like = next(iter(factors.values()))
+        grid = call.grid
+        self.whole = call._replace(grid=grid._replace(out_features=grid.I * grid.rows, in_features=grid.J * grid.cols))
+        self.wide = torch.promote_types(call.dtype, torch.float32)
+        self.names = result_names(plan.wanted, call.activation)
+        self.written_once = {name for name in self.names if self._is_written_once(slot_of(name))}
         self.outputs: dict[str, Tensor] = {}
-        self.written_once: set[str] = set()
-        for name in result_names(plan.wanted, call.activation):
-            shape = whole.shape(name)
-            if self._is_written_once(slot_of(name)):
-                self.written_once.add(name)
-                output = torch.empty(shape, dtype=call.dtype, device=device)
-            else:
-                output = torch.zeros(shape, dtype=wide, device=device)
-            self.outputs[name] = self._in_place(name, output)
 
     def _in_place(self, name: str, tensor: Tensor) -> Tensor:
         """A view: x and y by rows where rows are gathered, a head per chunk on its grid."""
@@ -159,27 +153,38 @@ class _Run:
         lead, tail = self._lead(slot, group, block), self._tail(slot, block)
         if slot == "hidden" and self.activation:
             dpre = self.activation.grad(partial, self._pre(lead, tail))
-            wide = self.outputs["chunks"].dtype
-            self._add("hidden", lead, dpre.sum((1, 2), dtype=wide))
-            self._add("chunks", tail, dpre.sum(0, dtype=wide))
+            self._add("hidden", lead, dpre.sum((1, 2), dtype=self.wide))
+            self._add("chunks", tail, dpre.sum(0, dtype=self.wide))
         else:
             self._add(slot, (*lead, *tail), partial)
 
     def _add(self, name: str, index: tuple[slice | Tensor, ...], partial: Tensor) -> None:
-        out = self._chunked(name, self.outputs[name])
-        if name in self.written_once:
+        once = name in self.written_once
+        if once and all(isinstance(part, slice) and part == slice(None) for part in index):  # one block is all of it
+            self.outputs[name] = self._in_place(name, partial.reshape(self.whole.shape(name)).contiguous())
+            return
+        out = self._chunked(name, self._output(name))
+        if once:
             out[index] = partial
         else:
             out[index] += partial
 
+    def _output(self, name: str) -> Tensor:
+        """Where the result fills, block by block."""
+        if name not in self.outputs:
+            shape, once = self.whole.shape(name), name in self.written_once
+            new = self.like.new_empty(shape) if once else self.like.new_zeros(shape, dtype=self.wide)
+            self.outputs[name] = self._in_place(name, new)
+        return self.outputs[name]
+
     def results(self) -> list[Tensor]:
         call = self.call
         results = []
-        for name, out in self.outputs.items():
-            shape = call.shape(name)
+        for name in self.names:
+            out, shape = self._output(name), call.shape(name)
             if out.numel() != prod(shape):  # copied: the strides of its own shape
                 cropped = out.flatten(0, -3 if call.window else -2)[:, : shape[2]].reshape(shape)
-                results.append(torch.empty(shape, dtype=call.dtype, device=out.device).copy_(cropped))
+                results.append(out.new_empty(shape, dtype=call.dtype).copy_(cropped))
             else:
                 results.append(out.reshape(shape).to(call.dtype))
         return results
