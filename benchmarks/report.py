@@ -11,7 +11,7 @@ from typing import Any
 
 OURS = "hyperkernels"
 CLOSE = 1.15  # an order picked that takes this much of the best one's time is picked well
-MARKS = ("<!-- results -->", "<!-- end of results -->")
+MARKS = ("<!-- results: {} -->", "<!-- end of results: {} -->")  # by the name of the file
 COLORS = {
     "nn.Linear": "0.35",
     "tuned dense": "0.6",
@@ -59,7 +59,7 @@ def verdicts(case: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, b
     for baseline, factor in case.get("faster", {}).items():
         got = ratio(case, baseline)
         most = case["times"][baseline]["p50_ms"] / roof(case, results)[0]
-        wanted = f"{got:.2f} times faster than {baseline}, wanted {factor:.3g} [{most:.1f}]"
+        wanted = f"{got:.1f} times faster than {baseline}, wanted {factor:.3g} [{most:.1f}]"
         found.append((wanted, got >= factor))
     for baseline, factor in case.get("smaller", {}).items():
         got = case["peak_mib"][baseline] / case["peak_mib"][engine(case)]
@@ -75,33 +75,46 @@ def verdicts(case: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, b
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [
-        "| work | ms | against | times faster | than weights formed | than einsum | than tuned dense | MiB, both |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Without the columns in which no case has a figure."""
+    head = (
+        "work",
+        "ms",
+        "against",
+        "times faster",
+        "than weights formed",
+        "than einsum",
+        "than tuned dense",
+        "MiB, both",
+    )
+    rows = []
     for case in cases_of(results):
         if any(words in case["case"] for words in LEFT_OUT):
             continue
         if "times" not in case:
             cells = [case["case"], f"{1e3 * case['seconds']:.0f}", "40 GB of weights", "", "", "", ""]
-            lines.append("| " + " | ".join([*cells, f"{case['process_peak_mib']:.0f}, whole process"]) + " |")
+            rows.append([*cells, f"{case['process_peak_mib']:.0f}, whole process"])
             continue
         baseline = usual(case)
         memory = f"{case['peak_mib'][OURS]:.1f} / {case['peak_mib'][baseline]:.1f}"
         cells = [case["case"], f"{case['times'][OURS]['p50_ms']:.2f}", baseline, f"**{ratio(case, baseline):.1f}**"]
         names = ("materialise", "einsum", "tuned dense")
         others = [f"{ratio(case, name):.1f}" if name in case["times"] else "" for name in names]
-        lines.append("| " + " | ".join([*cells, *others, memory]) + " |")
+        rows.append([*cells, *others, memory])
     machine = results["machine_info"]
     ceilings = machine["ceilings"]
+    shown = [n for n in range(len(head)) if any(row[n] for row in rows)]
+    lines = ["| " + " | ".join(row[n] for n in shown) + " |" for row in (head, ["---"] * len(head), *rows)]
+    notes = {
+        "than einsum": "; einsum is `torch.einsum` over the same three factors on opt_einsum's path",
+        "than tuned dense": "; tuned dense is a dense layer by our own tiles, its weight packed beforehand",
+    }
     lines += [
         "",
         f"{machine['device']}; fp32, p50 of interleaved rounds in one process; torch {machine['torch']}, "
         f"Python {machine['python']}; a large torch product runs at {ceilings['gflop_per_s']:.0f} GFLOP/s, "
         f"multiplications in registers at {ceilings['fma_gflop_per_s']:.0f}, a large copy at "
-        f"{ceilings['gb_per_s']:.0f} GB/s. MiB are what a call holds at once beyond its inputs, ours and theirs; "
-        "einsum is `torch.einsum` over the same three factors on opt_einsum's path; tuned dense is a dense layer by "
-        "our own tiles, its weight packed beforehand.",
+        f"{ceilings['gb_per_s']:.0f} GB/s. MiB are what a call holds at once beyond its inputs, its result included, "
+        f"ours and theirs{''.join(note for name, note in notes.items() if head.index(name) in shown)}.",
     ]
     return "\n".join(lines)
 
@@ -143,12 +156,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def in_readme(readme: str, results: dict[str, Any], sweep: dict[str, Any]) -> str:
-    """The README with the table of `results`, and how often the planner of `sweep` picks well."""
-    before, rest = readme.split(MARKS[0])
+def in_readme(readme: str, name: str, results: dict[str, Any], sweep: dict[str, Any]) -> str:
+    """The README with the table of the file `name`, and how often the planner of `sweep` picks well."""
+    begin, end = (mark.format(name) for mark in MARKS)
+    before, rest = readme.split(begin)
     shapes = sweep["shapes"]
     close = sum(shape["of_best"] <= CLOSE for shape in shapes)
-    readme = f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    readme = f"{before}{begin}\n{table(results)}\n{end}{rest.split(end)[1]}"
     worst = max(shape["of_best"] for shape in shapes)
     picks = rf"\1 {close} of {len(shapes)}\2 {worst:.1f}"
     return re.sub(r"(of the best in) \d+ of \d+(,\s+and\s+takes) [\d.]+", picks, readme)
@@ -174,7 +188,7 @@ def main() -> int:
         parser.error(f"{arguments.results}: not the results of a benchmark: {error!r}")
     if arguments.readme:
         sweep = json.loads(arguments.results.with_name("sweep.json").read_text())
-        arguments.readme.write_text(in_readme(arguments.readme.read_text(), results, sweep))
+        arguments.readme.write_text(in_readme(arguments.readme.read_text(), arguments.results.stem, results, sweep))
         return 0
     picture = arguments.results.with_suffix(".png")
     draw(results, picture)

@@ -19,11 +19,12 @@ def run(*command):
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_readme_holds_the_saved_results():
-    results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+@pytest.mark.parametrize("name", ["cpu", "conv"])
+def test_readme_holds_the_saved_results(name):
+    results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     sweep = json.loads((ROOT / "benchmarks/results/sweep.json").read_text())
     readme = (ROOT / "README.md").read_text()
-    assert report.in_readme(readme, results, sweep) == readme, "run `make readme`"
+    assert report.in_readme(readme, name, results, sweep) == readme, "run `make readme`"
 
 
 @pytest.mark.parametrize(("factor", "code"), [(0.001, 0), (1e6, 1)], ids=["reached", "missed"])
