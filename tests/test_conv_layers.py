@@ -100,6 +100,15 @@ def test_hyperize_and_merge_a_network_of_convolutions():
     torch.testing.assert_close(merged(x), y, rtol=1e-4, atol=1e-5)
 
 
+def test_export_with_a_batch_of_any_size():
+    layer = hk.HyperConv2d(6, 8, 3, width=4, context_features=5)
+    batch = torch.export.Dim("batch")
+    shapes = {"x": {0: batch}, "context": {0: batch}}
+    program = torch.export.export(layer, (torch.randn(4, 6, 8, 8), torch.randn(4, 5)), dynamic_shapes=shapes)
+    others = torch.randn(7, 6, 8, 8), torch.randn(7, 5)
+    torch.testing.assert_close(program.module()(*others), layer(*others))
+
+
 def test_explain_a_convolution(capsys):
     hk.explain(hk.hyper_conv2d, torch.randn(2, 6, 9, 9), torch.randn(2, 2, 5), torch.randn(5, 4, 3, 3, 3), stride=2)
     out = capsys.readouterr().out
@@ -111,6 +120,8 @@ BAD = {
     "channels": (ValueError, r"x: got shape \[2, 7, 8, 8\], wanted \[B, 6, H, W\] or \[6, H, W\]", {}, (2, 7, 8, 8)),
     "x_of_two": (ValueError, r"x: got shape \[6, 8\]", {}, (6, 8)),
     "in_channels": (ValueError, r"in_channels: got 0", {"in_channels": 0}, (2, 6, 8, 8)),
+    "kernel_of_three": (ValueError, r"kernel_size: got \(3, 3, 3\), wanted", {"kernel_size": (3, 3, 3)}, (2, 6, 8, 8)),
+    "no_kernel": (ValueError, r"kernel_size: got 0, wanted a positive", {"kernel_size": 0}, (2, 6, 8, 8)),
     "groups": (ValueError, r"in_channels must be divisible by groups", {"groups": 4}, (2, 6, 8, 8)),
     "padding_mode": (ValueError, r"padding_mode must be one of", {"padding_mode": "mirror"}, (2, 6, 8, 8)),
     "same": (ValueError, r"'same' is not supported for strided", {"padding": "same", "stride": 2}, (2, 6, 8, 8)),

@@ -21,6 +21,7 @@ class HyperConv(HyperLayer):
     """What the three have in common; nn.ConvNd itself checks the sizes and keeps the settings."""
 
     dense: Any  # nn.Conv1d, nn.Conv2d or nn.Conv3d
+    dimensions: int
 
     def __init__(
         self,
@@ -43,6 +44,10 @@ class HyperConv(HyperLayer):
     ) -> None:
         for name, size in (("in_channels", in_channels), ("out_channels", out_channels), ("width", width)):
             check_size(name, size)
+        n = self.dimensions
+        sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size,) * n
+        if len(sizes) != n or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"kernel_size: got {kernel_size!r}, wanted a positive integer, or {n} of them")
         given = (kernel_size, stride, padding, dilation, groups, False, padding_mode)
         like = self.dense(in_channels, out_channels, *given, device="meta")
         N, K, *kernel = like.weight.shape
@@ -64,7 +69,7 @@ class HyperConv(HyperLayer):
         """The arguments of `hyper_conv2d`, or its like, that a call of the layer comes to."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
-        n = len(self.kernel)
+        n = self.dimensions
         if x.dim() not in (n + 1, n + 2) or x.shape[-n - 1] != self.in_channels:
             wanted = ", ".join([str(self.in_channels), *"DHW"[3 - n :]])
             raise ValueError(f"x: got shape {list(x.shape)}, wanted [B, {wanted}] or [{wanted}]")
@@ -94,6 +99,7 @@ class HyperConv1d(HyperConv):
 
     function = staticmethod(hyper_conv1d)
     dense = nn.Conv1d
+    dimensions = 1
 
 
 class HyperConv2d(HyperConv):
@@ -135,6 +141,7 @@ class HyperConv2d(HyperConv):
 
     function = staticmethod(hyper_conv2d)
     dense = nn.Conv2d
+    dimensions = 2
 
 
 class HyperConv3d(HyperConv):
@@ -148,3 +155,4 @@ class HyperConv3d(HyperConv):
 
     function = staticmethod(hyper_conv3d)
     dense = nn.Conv3d
+    dimensions = 3
