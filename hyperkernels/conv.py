@@ -1,4 +1,4 @@
-"""`hyper_conv1d`, `hyper_conv2d` and `hyper_conv3d`: convolutions whose kernels are generated, and never formed."""
+"""`hyper_conv1d`, `2d`, `3d` and `hyper_conv_transpose2d`: convolutions with generated kernels, never formed."""
 
 from __future__ import annotations
 
@@ -130,38 +130,71 @@ def hyper_conv3d(
     return _hyper_conv(form, order, backend)
 
 
+def hyper_conv_transpose2d(
+    x: Tensor,
+    hidden: Tensor | AdditiveHidden,
+    head: Tensor,
+    *,
+    out_channels: int | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    bias: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    context_ids: Tensor | None = None,
+    order: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`F.conv_transpose2d` with a generated kernel `[C, out_channels / groups, *kernel]`, never formed: what
+    `hyper_conv2d` is differentiated by x.
+
+    The chunks cut `(C, out_channels / groups)`: `rows` are x's channels here, and `cols` those of the result. The rest
+    is as for `hyper_conv2d`; stride, padding, output_padding, groups and dilation as for `F.conv_transpose2d`.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> x, hidden, head = torch.randn(5, 12, 7, 7), torch.randn(3, 2, 8), torch.randn(8, 4, 16, 3, 3)
+        >>> hk.hyper_conv_transpose2d(x, hidden, head, stride=2, padding=1, output_padding=1).shape
+        torch.Size([5, 32, 14, 14])
+    """
+    arguments = (out_channels, stride, padding, dilation, groups, bias, head_bias, context_ids, output_padding)
+    return _hyper_conv(conv_form(2, x, hidden, head, *arguments), order, backend)
+
+
 def _hyper_conv(form: ConvForm, order: str | None, backend: str | None) -> Tensor:
-    call, n = form.call, form.groups
-    B, N, size = form.x.shape[0], call.grid.out_features, call.window.output_size  # type: ignore[union-attr]
+    call, n, shape = form.call, form.groups, form.result_shape
     if backend == "reference":
         choose_backend(call, order, backend)
         if form.ids is not None:
             check_context_ids(form.ids, call.contexts)
-    found = [_contract(part, order, backend) for part in parts(form)]
+    found = [_contract(part, form.transposed, order, backend) for part in parts(form)]
     y = torch.cat(found, 2) if len(found) > 1 else found[0]
     if n > 1 and form.folds:
         y = y.unflatten(0, (call.entries, n)).transpose(1, 2)
-    y = y.reshape(B, N, *size)
+    y = y.reshape(shape)
     if form.head_bias is not None:
         y = y + _head_bias_term(form, order, backend)
     if form.bias is not None:
         bias = form.bias
         if bias.dim() == 2 and form.ids is not None:
             bias = bias[form.ids]
-        y = y + bias[(..., *[None] * len(size))]
+        y = y + bias[(..., *[None] * len(shape[2:]))]
     if form.format != torch.contiguous_format:
         y = y.contiguous(memory_format=form.format)
     return y if form.batched else y[0]
 
 
-def _contract(part: Part, order: str | None, backend: str | None) -> Tensor:
-    """`[L, T, N, p]`."""
+def _contract(part: Part, transposed: bool, order: str | None, backend: str | None) -> Tensor:
+    """`[L, T, N, p]`, or transposed `[L, T, K, h]`."""
     call, x, hidden, head, ids = part
     if backend == "reference":
         kernel = materialize(hidden, head, call.grid, None, head.shape[-1:])
-        return reference.hyper_conv(call.window, x, kernel, ids)  # type: ignore[arg-type]
-    factors = (hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden, None)
-    return partials(Settings(("y",), call, order, backend), ids, None, *factors, head, x)[0]
+        return reference.hyper_conv(call.window, x, kernel, ids, transposed)  # type: ignore[arg-type]
+    factors = (*((hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden, None)), head)
+    given = (x, *factors, None) if transposed else (None, *factors, x)
+    return partials(Settings(("x",) if transposed else ("y",), call, order, backend), ids, *given)[0]
 
 
 def _head_bias_term(form: ConvForm, order: str | None, backend: str | None) -> Tensor:

@@ -27,7 +27,8 @@ Sizes = int | tuple[int, ...]
 
 class ConvForm(NamedTuple):
     """What a call comes to: images `[B, C, *size]`, which `call` convolves once the groups of channels are contexts of
-    their own (`parts`). `entries` of the batch have `tokens` images each."""
+    their own (`parts`). `entries` of the batch have `tokens` images each. Where it is `transposed`, the images are y's
+    and the partial by x is wanted."""
 
     call: Call
     x: Tensor
@@ -39,6 +40,15 @@ class ConvForm(NamedTuple):
     groups: int
     batched: bool
     format: torch.memory_format
+    transposed: bool = False
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        grid, window = self.call.grid, self.call.window
+        assert window is not None
+        if self.transposed:
+            return self.x.shape[0], grid.in_features * self.groups, *window.size
+        return self.x.shape[0], grid.out_features, *window.output_size
 
     @property
     def folds(self) -> bool:
@@ -59,8 +69,11 @@ def conv_form(
     bias: Tensor | None = None,
     head_bias: Tensor | None = None,
     context_ids: Tensor | None = None,
+    output_padding: Sizes | None = None,
 ) -> ConvForm:
-    """Raise what `hyper_conv2d` promises to raise, or return its arguments as the engine is to see them."""
+    """Raise what `hyper_conv2d` promises to raise, or return its arguments as the engine is to see them. With an
+    `output_padding` the convolution is transposed."""
+    transposed = output_padding is not None
     x, hidden, head, bias, head_bias = autocast(x, hidden, head, bias, head_bias)
     check_tensors(x, hidden, head)
     if x.dim() not in (n + 1, n + 2):
@@ -80,14 +93,23 @@ def conv_form(
         check_whole("out_channels", out_channels)
     kernel = tuple(head.shape[-n:])
     shapes = tuple(hidden.shape), tuple(head.shape)
-    grid, (contexts, _, _, width) = find_grid(
-        *shapes, out_channels, C // groups, ("out_channels", "x", f"channels in each of {groups} groups"), kernel
-    )
+    each = f"channels in each of {groups} groups"
+    if transposed:
+        outputs = _outputs(n, *shapes, groups) if out_channels is None else out_channels
+        if outputs % groups:
+            raise ValueError(f"out_channels: got {outputs}, wanted a multiple of {groups} groups")
+        names, extents = ("x", "out_channels", each), (C, outputs // groups)
+    else:
+        names, extents = ("out_channels", "x", each), (out_channels, C // groups)
+    grid, (contexts, _, _, width) = find_grid(*shapes, *extents, names, kernel)
     if groups > 1 and (grid.out_features % groups or grid.out_features // groups % grid.rows):
-        each = f"{grid.out_features} out_channels / {groups} groups"
-        raise ValueError(f"head: got chunks of {grid.rows} rows, wanted a divisor of {each}")
-    x, around = _padded(n, x, padding, kernel, **steps)
-    window = Window(kernel, steps["stride"], around, steps["dilation"], tuple(x.shape[2:]))
+        rows = f"{grid.out_features} {'in' if transposed else 'out'}_channels / {groups} groups"
+        raise ValueError(f"head: got chunks of {grid.rows} rows, wanted a divisor of {rows}")
+    if output_padding is None:
+        x, around = _padded(n, x, padding, kernel, **steps)
+        window = Window(kernel, steps["stride"], around, steps["dilation"], tuple(x.shape[2:]))
+    else:
+        window = _transposed(n, x, kernel, padding, output_padding, **steps)
     if min(kernel) < 1 or min(window.output_size) < 1:
         reach = [d * (k - 1) + 1 for k, d in zip(kernel, window.dilation)]
         padded = [size + 2 * pad for size, pad in zip(window.size, around)]
@@ -101,18 +123,20 @@ def conv_form(
             f"x: got {B} images, wanted {contexts}, one for each of hidden's contexts; or give context_ids"
         )
     entries, tokens = (B, 1) if ids is not None or contexts > 1 else (1, B)
-    check_like("bias", bias, x, (grid.out_features,), (contexts, grid.out_features))
+    results = grid.in_features * groups if transposed else grid.out_features
+    check_like("bias", bias, x, (results,), (contexts, results))
     check_head_bias(head_bias, grid, x, kernel)
     activation = hidden.activation if isinstance(hidden, AdditiveHidden) else ""
     if isinstance(hidden, Tensor) and hidden.dim() == 3:
         hidden = hidden[None]
     numbers = (width, contexts, entries, tokens, head.dim() == n + 4, ids is not None)
     call = Call(grid, *numbers, activation, x.dtype, x.device.type, window)
-    return ConvForm(call, x, hidden, head, ids, bias, head_bias, groups, batched, format)
+    return ConvForm(call, x, hidden, head, ids, bias, head_bias, groups, batched, format, transposed)
 
 
 class Part(NamedTuple):
-    """An engine's call: x `[L, T, K, h]`, hidden `[G, I, J, m]` or additive, head `[.., m, rows, cols, s]`."""
+    """An engine's call: x `[L, T, K, h]` (or transposed, y `[L, T, N, p]`), hidden `[G, I, J, m]` or additive, head
+    `[.., m, rows, cols, s]`."""
 
     call: Call
     x: Tensor
@@ -127,7 +151,7 @@ def parts(form: ConvForm) -> Iterator[Part]:
     L, T, I = call.entries, call.tokens, call.grid.I // n
     grid = call.grid._replace(out_features=call.grid.out_features // n)
     head = form.head.flatten(-len(call.window.kernel))  # type: ignore[union-attr]
-    images = form.x.reshape(L, T, n, grid.in_features, prod(form.x.shape[2:]))
+    images = form.x.reshape(L, T, n, form.x.shape[1] // n, prod(form.x.shape[2:]))
     if form.folds and isinstance(hidden, Tensor):
         ids = form.ids
         if ids is not None:
@@ -174,3 +198,32 @@ def _padded(
     if any(t % 2 for t in total):
         x = F.pad(x, [pad for t in reversed(total) for pad in (0, t % 2)])
     return x, tuple(t // 2 for t in total)
+
+
+def _outputs(n: int, hidden: tuple[int, ...], head: tuple[int, ...], groups: int) -> int:
+    """Of a transposed convolution whose chunks are whole; where shapes fit nothing, the grid refuses them."""
+    return hidden[-2] * head[-1 - n] * groups if len(hidden) > 1 and len(head) > n else groups
+
+
+def _transposed(
+    n: int,
+    x: Tensor,
+    kernel: tuple[int, ...],
+    padding: Sizes | str,
+    output_padding: Sizes,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Window:
+    """That of the convolution which makes images of x's size; of the sizes that do, `output_padding` tells which."""
+    if isinstance(padding, str):
+        raise ValueError(f"padding: got {padding!r}, wanted numbers: a transposed convolution has no other")
+    around, more = _sizes(n, "padding", padding, 0), _sizes(n, "output_padding", output_padding, 0)
+    if any(extra >= max(step, d) for extra, step, d in zip(more, stride, dilation)):
+        raise ValueError(f"output_padding: got {output_padding!r}, wanted less than stride or dilation")
+    size = tuple(
+        (length - 1) * step - 2 * pad + d * (k - 1) + extra + 1
+        for length, step, pad, d, k, extra in zip(x.shape[2:], stride, around, dilation, kernel, more)
+    )
+    if min(size) < 1:
+        raise ValueError(f"padding: got {padding!r}, which leaves images of {list(size)}, wanted at least one number")
+    return Window(kernel, stride, around, dilation, size)

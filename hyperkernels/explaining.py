@@ -135,6 +135,8 @@ def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Expla
         function, kwargs = target, inspect.signature(target).bind(*args, **kwargs).arguments
     else:
         raise TypeError(f"target: got {type(target).__name__}, wanted a hyper layer or hyper_linear")
+    if function is not hyper_linear and function not in CONVOLUTIONS:
+        raise TypeError("target: got a transposed convolution, wanted the convolution whose gradient by x it is")
     order, forced = kwargs.pop("order", None), kwargs.pop("backend", None)
     form: Part | Form
     if function is hyper_linear:

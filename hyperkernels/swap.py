@@ -12,15 +12,19 @@ from torch.nn.utils import parametrize
 from hyperkernels.backends import check_backend
 from hyperkernels.call import check_order
 from hyperkernels.nn.ambient import context as ambient_context
-from hyperkernels.nn.conv import SETTINGS, HyperConv, HyperConv1d, HyperConv2d, HyperConv3d
+from hyperkernels.nn.conv import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d
 from hyperkernels.nn.layer import HyperLayer
 from hyperkernels.nn.linear import HyperLinear
 
 Kind = TypeVar("Kind", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
-Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-CONVOLUTIONS: dict[type, type[HyperConv]] = {nn.Conv1d: HyperConv1d, nn.Conv2d: HyperConv2d, nn.Conv3d: HyperConv3d}
-HYPER = {nn.Linear: HyperLinear, **CONVOLUTIONS}
+HYPER: dict[type, Any] = {
+    nn.Linear: HyperLinear,
+    nn.Conv1d: HyperConv1d,
+    nn.Conv2d: HyperConv2d,
+    nn.Conv3d: HyperConv3d,
+    nn.ConvTranspose2d: HyperConvTranspose2d,
+}
 READS_WEIGHTS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
@@ -75,8 +79,8 @@ class SwapReport:
 
 
 def hyperize_(model: nn.Module, config: HyperConfig | None = None, filter_fn: Filter | None = None) -> SwapReport:
-    """Put a freshly initialised `HyperLinear` in the place of every `nn.Linear` of `model`, and a `HyperConv2d` (or 1d,
-    3d) in that of every `nn.Conv2d`, in place.
+    """Put a freshly initialised `HyperLinear` in the place of every `nn.Linear` of `model`, and a hyper
+    convolution in that of every `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and `nn.ConvTranspose2d`, in place.
 
     Args:
         model: any module. A layer found under several names stays one layer.
@@ -191,7 +195,7 @@ def _names(model: nn.Module, kind: type[Kind] | tuple[type[Kind], ...]) -> dict[
     return names
 
 
-def _reason_to_skip(model: nn.Module, layer: Dense, names: list[str], filter_fn: Filter | None) -> str:
+def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], filter_fn: Filter | None) -> str:
     if layer is model:
         return "it is the model itself: build a hyper layer instead"
     if type(layer) not in HYPER:
@@ -221,7 +225,7 @@ def _inside_hyper_layer(model: nn.Module, name: str) -> bool:
     return any(isinstance(model.get_submodule(".".join(parts[:n])), HyperLayer) for n in range(len(parts)))
 
 
-def _hyper_layer_like(layer: Dense, config: HyperConfig) -> HyperLayer:
+def _hyper_layer_like(layer: Any, config: HyperConfig) -> HyperLayer:
     bias = (layer.bias is not None) if config.bias is None else config.bias
     given: dict[str, Any] = {
         "bias": bias,
@@ -234,9 +238,8 @@ def _hyper_layer_like(layer: Dense, config: HyperConfig) -> HyperLayer:
     if isinstance(layer, nn.Linear):
         new = HyperLinear(layer.in_features, layer.out_features, **given)
     else:
-        sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
-        settings = {name: getattr(layer, name) for name in SETTINGS}
-        new = CONVOLUTIONS[type(layer)](*sizes, **settings, **given)
+        kind, sizes = HYPER[type(layer)], (layer.in_channels, layer.out_channels, layer.kernel_size)
+        new = kind(*sizes, **{name: getattr(layer, name) for name in kind.SETTINGS}, **given)
     new.order, new.backend = config.order, config.backend
     new.train(layer.training).requires_grad_(layer.weight.requires_grad)
     if new.bias is not None and layer.bias is not None:

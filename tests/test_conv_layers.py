@@ -39,6 +39,30 @@ def test_is_the_dense_layer_it_generates(n, settings, context_features):
     assert str(merged[0]) == str(wanted)
 
 
+TRANSPOSED = {
+    "plain": {},
+    "strided": {"stride": 2, "padding": 1, "output_padding": 1},
+    "uneven": {"stride": (3, 2), "padding": (0, 1), "output_padding": (2, 0), "dilation": (1, 2), "bias": False},
+    "grouped": {"groups": 3, "stride": 2},
+}
+
+
+@pytest.mark.parametrize("context_features", [None, 5], ids=["static", "conditional"])
+@pytest.mark.parametrize("settings", TRANSPOSED.values(), ids=TRANSPOSED)
+def test_transposed_is_the_dense_layer_it_generates(settings, context_features):
+    layer = hk.HyperConvTranspose2d(6, 12, (3, 2), width=4, context_features=context_features, **settings)
+    x, z = torch.randn(3, 6, 5, 7, requires_grad=True), torch.randn(3, 5)
+    merged = [layer.to_dense(None if context_features is None else z[g]) for g in range(3)]
+    assert str(merged[0]) == str(nn.ConvTranspose2d(6, 12, (3, 2), **settings))
+    y, wanted = layer(x, None if context_features is None else z), torch.stack([m(x[g]) for g, m in enumerate(merged)])
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+    dy = torch.randn_like(y)
+    for got, want in zip(torch.autograd.grad(y, x, dy), torch.autograd.grad(wanted, x, dy)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    layer(x, None if context_features is None else z).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_initial_kernels_have_the_variance_of_nn_conv(groups):
     layer, default = (kind(64, 128, 3, groups=groups) for kind in (hk.HyperConv2d, nn.Conv2d))
@@ -82,13 +106,15 @@ def test_hyperize_and_merge_a_network_of_convolutions():
         nn.BatchNorm2d(16),
         nn.Conv2d(16, 16, 3, padding=1, groups=4, padding_mode="circular"),
         nn.ConvTranspose2d(16, 4, 2),
+        nn.Flatten(2),
+        nn.ConvTranspose1d(4, 4, 1),
         nn.Flatten(),
         nn.Linear(4 * 5 * 5, 10),
     ).eval()
     report = hk.hyperize_(model, hk.HyperConfig(width=4, context_features=3))
-    assert [layer.name for layer in report.swapped] == ["0", "2", "5"]
+    assert [layer.name for layer in report.swapped] == ["0", "2", "3", "7"]
     assert "0: 16x3x3x3 in chunks of" in str(report)
-    assert report.skipped == {"3": "it is a ConvTranspose2d, neither nn.Linear nor nn.Conv"}
+    assert report.skipped == {"5": "it is a ConvTranspose1d, neither nn.Linear nor nn.Conv"}
     assert (model[0].bias, model[2].groups, model[2].padding_mode) == (None, 4, "circular")
     x, z = torch.randn(2, 3, 8, 8), torch.randn(3)
     with hk.context(z):
@@ -130,6 +156,20 @@ BAD = {
     "chunk": (ValueError, r"chunk: got \(3,\)", {"chunk": (3,)}, (2, 6, 8, 8)),
     "width": (ValueError, r"width: got 0", {"width": 0}, (2, 6, 8, 8)),
 }  # fmt: skip
+
+
+TRANSPOSED_BAD = {
+    "output_padding": (r"output_padding: got \(1, 1\), wanted less than stride or dilation", {"output_padding": 1}),
+    "padding": (r"padding: got \(9, 9\), which leaves images of", {"padding": 9}),
+    "generated_bias": (r"bias: got 'generated', wanted True or False", {"bias": "generated"}),
+    "chunk_and_groups": (r"chunk: got 2 rows, wanted a divisor of 6 in_channels / 6", {"groups": 6, "chunk": (2, 1)}),
+}
+
+
+@pytest.mark.parametrize(("message", "given"), TRANSPOSED_BAD.values(), ids=TRANSPOSED_BAD)
+def test_bad_arguments_of_a_transposed_layer(message, given):
+    with pytest.raises(ValueError, match=message):
+        hk.HyperConvTranspose2d(6, 12, 3, **given)(torch.randn(2, 6, 8, 8))
 
 
 @pytest.mark.parametrize(("error", "message", "given", "shape"), BAD.values(), ids=BAD)

@@ -99,6 +99,37 @@ def test_is_torchs_convolution(n, contexts, per_chunk_heads, groups):
     assert_same(problem, backend="reference")
 
 
+@pytest.mark.parametrize("contexts", ["shared", "ids", "additive"])
+@pytest.mark.parametrize("order", [*ORDERS, "reference"])
+def test_transposed(order, contexts):
+    problem = make_problem(2, contexts, crop=1)
+    x, *hidden, head, head_bias, _ = problem.leaves
+    C, N = x.shape[1], 7
+    ids = torch.tensor([1, 0, 1]) if contexts == "ids" else None
+    z = torch.randn(3, N, 5, 6, dtype=torch.float64, requires_grad=True)
+    keywords = {"order": order} if order != "reference" else {"backend": "reference"}
+
+    def ours(z, *hidden_and_heads):
+        *hidden, head, head_bias = hidden_and_heads
+        hidden = hk.AdditiveHidden(*hidden, "tanh") if len(hidden) == 2 else hidden[0]
+        given = {"out_channels": C, "head_bias": head_bias, "context_ids": ids, "stride": 2, "padding": 1}
+        return hk.hyper_conv_transpose2d(z, hidden, head, output_padding=1, **given, **keywords)
+
+    def theirs(z, *hidden_and_heads):
+        *hidden, head, head_bias = hidden_and_heads
+        hidden = hk.AdditiveHidden(*hidden, "tanh") if len(hidden) == 2 else hidden[0]
+        weight = hk.generate_weight(hidden, head, (N, C, *head.shape[-2:]), head_bias=head_bias)
+        weight = weight if weight.dim() == 5 else weight[None]
+        which = [0] * 3 if ids is None else ids.tolist()
+        moves = {"stride": 2, "padding": 1, "output_padding": 1}
+        return torch.cat([F.conv_transpose2d(z[b : b + 1], weight[g], **moves) for b, g in enumerate(which)])
+
+    leaves = [z, *hidden, head, head_bias]
+    dy = torch.randn_like(theirs(*leaves))
+    for got, wanted in zip(gradients(ours, leaves, dy), gradients(theirs, leaves, dy), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("order", [None, *ORDERS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_error_at_most_twice_eagers(dtype, order):

@@ -36,12 +36,21 @@ def hyper_linear(x: Tensor, weight: Tensor, context_ids: Tensor | None) -> Tenso
     return torch.matmul(x, weight.transpose(-2, -1))
 
 
-def hyper_conv(window: Window, x: Tensor, weight: Tensor, context_ids: Tensor | None) -> Tensor:
-    """Entry by entry, torch's convolution of x `[L, T, K, h]` with W `[G, N, K, s]`: `[L, T, N, p]`."""
+def hyper_conv(
+    window: Window, x: Tensor, weight: Tensor, context_ids: Tensor | None, transposed: bool = False
+) -> Tensor:
+    """Entry by entry, torch's convolution of x `[L, T, K, h]` with W `[G, N, K, s]`: `[L, T, N, p]`; transposed, of the
+    latter's shape to the former's."""
     if context_ids is not None:
         weight = weight[context_ids]
-    n = len(window.kernel)
-    moves = (window.stride, window.padding, window.dilation, False, [0] * n, 1)
-    images, kernels = x.unflatten(-1, window.size), weight.unflatten(-1, window.kernel)
+    n, size, output_size = len(window.kernel), window.size, window.output_size
+    more = [0] * n
+    if transposed:
+        steps = zip(size, output_size, window.kernel, window.stride, window.padding, window.dilation)
+        more = [length - ((out - 1) * step - 2 * pad + d * (k - 1) + 1) for length, out, k, step, pad, d in steps]
+    moves = (window.stride, window.padding, window.dilation, transposed, more, 1)
+    images, kernels = x.unflatten(-1, output_size if transposed else size), weight.unflatten(-1, window.kernel)
     entries = [torch.ops.aten.convolution(image, kernel, None, *moves) for image, kernel in zip(images, kernels)]
-    return torch.stack(entries).flatten(-n) if entries else x.new_empty(*x.shape[:2], weight.shape[1], 0)
+    if not entries:
+        return x.new_empty(*x.shape[:2], weight.shape[2 if transposed else 1], 0)
+    return torch.stack(entries).flatten(-n)

@@ -1,7 +1,8 @@
-"""`HyperConv1d`, `HyperConv2d` and `HyperConv3d`: `nn.ConvNd` with a generated kernel that is never formed."""
+"""`HyperConv1d`, `HyperConv2d`, `HyperConv3d`, `HyperConvTranspose2d`: a generated kernel that is never formed."""
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -9,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperkernels.chunking import Grid
-from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d
+from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d, hyper_conv_transpose2d
 from hyperkernels.nn.layer import HyperLayer, check_chunk, check_size
 from hyperkernels.planner import default_chunk
 
 Sizes = int | tuple[int, ...]
-SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")  # of nn.ConvNd
 
 
 class HyperConv(HyperLayer):
     """What the three have in common; nn.ConvNd itself checks the sizes and keeps the settings."""
 
+    SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
     dense: Any  # nn.Conv1d, nn.Conv2d or nn.Conv3d
     dimensions: int
 
@@ -44,35 +45,22 @@ class HyperConv(HyperLayer):
     ) -> None:
         for name, size in (("in_channels", in_channels), ("out_channels", out_channels), ("width", width)):
             check_size(name, size)
-        n = self.dimensions
-        sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size,) * n
-        if len(sizes) != n or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"kernel_size: got {kernel_size!r}, wanted a positive integer, or {n} of them")
+        _check_kernel(kernel_size, self.dimensions)
         given = (kernel_size, stride, padding, dilation, groups, False, padding_mode)
         like = self.dense(in_channels, out_channels, *given, device="meta")
         N, K, *kernel = like.weight.shape
-        if chunk is None:
-            rows, cols = default_chunk(N // groups, K, width, positions=like.weight[0, 0].numel())
-        else:
-            rows, cols = check_chunk(chunk)
-        if groups > 1 and N // groups % rows:
-            raise ValueError(f"chunk: got {rows} rows, wanted a divisor of {N} out_channels / {groups} groups")
+        grid = _grid(N, K, tuple(kernel), groups, chunk, width, "out_channels")
         factory = {"device": device, "dtype": dtype}
-        super().__init__(Grid(N, K, rows, cols), tuple(kernel), bias, context_features, width, hypernet, factory)
+        super().__init__(grid, tuple(kernel), bias, context_features, width, hypernet, factory)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, like.kernel_size
         self.stride, self.padding, self.dilation, self.groups, self.padding_mode = (
-            getattr(like, name) for name in SETTINGS
+            getattr(like, name) for name in self.SETTINGS
         )
         self._around = like._reversed_padding_repeated_twice
 
     def arguments(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `hyper_conv2d`, or its like, that a call of the layer comes to."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
-        n = self.dimensions
-        if x.dim() not in (n + 1, n + 2) or x.shape[-n - 1] != self.in_channels:
-            wanted = ", ".join([str(self.in_channels), *"DHW"[3 - n :]])
-            raise ValueError(f"x: got shape {list(x.shape)}, wanted [B, {wanted}] or [{wanted}]")
+        _check_images(x, self.in_channels, self.dimensions)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._around, mode=self.padding_mode), 0
@@ -80,11 +68,11 @@ class HyperConv(HyperLayer):
         return super().arguments(x, context, context_ids) | given | {"padding": padding}
 
     def _dense(self, bias: bool, **factory: Any) -> nn.Module:
-        settings = {name: getattr(self, name) for name in SETTINGS}
+        settings = {name: getattr(self, name) for name in self.SETTINGS}
         return self.dense(self.in_channels, self.out_channels, self.kernel_size, bias=bias, **settings, **factory)
 
     def extra_repr(self) -> str:
-        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in ("kernel_size", *SETTINGS))
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in ("kernel_size", *self.SETTINGS))
         return f"{self.in_channels}, {self.out_channels}, {settings}, {super().extra_repr()}"
 
 
@@ -156,3 +144,102 @@ class HyperConv3d(HyperConv):
     function = staticmethod(hyper_conv3d)
     dense = nn.Conv3d
     dimensions = 3
+
+
+class HyperConvTranspose2d(HyperLayer):
+    """`nn.ConvTranspose2d` with a generated kernel, never formed.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, dilation: as of
+            `nn.ConvTranspose2d`.
+        bias: True for a learned `[out_channels]`, False for none.
+        context_features, width, hypernet, device, dtype: as of `HyperConv2d`.
+        chunk: `(rows, cols)` of `(in_channels, out_channels / groups)`, as the kernel lies.
+
+    The rest is as of `HyperConv2d`.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> layer = hk.HyperConvTranspose2d(16, 8, 4, stride=2, padding=1, context_features=5, width=8)
+        >>> layer(torch.randn(4, 16, 10, 10), torch.randn(4, 5)).shape
+        torch.Size([4, 8, 20, 20])
+    """
+
+    function = staticmethod(hyper_conv_transpose2d)
+    SETTINGS = ("stride", "padding", "output_padding", "groups", "dilation")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Sizes = 1,
+        *,
+        context_features: int | None = None,
+        chunk: tuple[int, int] | None = None,
+        width: int = 32,
+        hypernet: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("in_channels", in_channels), ("out_channels", out_channels), ("width", width)):
+            check_size(name, size)
+        if not isinstance(bias, bool):
+            raise ValueError(f"bias: got {bias!r}, wanted True or False")
+        _check_kernel(kernel_size, 2)
+        given = (kernel_size, stride, padding, output_padding, groups, False, dilation)
+        like = nn.ConvTranspose2d(in_channels, out_channels, *given, device="meta")  # type: ignore[arg-type]
+        N, K, *kernel = like.weight.shape
+        factory = {"device": device, "dtype": dtype}
+        grid = _grid(N, K, tuple(kernel), groups, chunk, width, "in_channels")
+        super().__init__(grid, tuple(kernel), bias, context_features, width, hypernet, factory, out_channels)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, like.kernel_size
+        for name in self.SETTINGS:
+            setattr(self, name, getattr(like, name))
+
+    def arguments(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> dict[str, Any]:
+        """The arguments of `hyper_conv_transpose2d` that a call of the layer comes to."""
+        _check_images(x, self.in_channels, 2)
+        given = {name: getattr(self, name) for name in ("out_channels", *self.SETTINGS)}
+        return super().arguments(x, context, context_ids) | given
+
+    def _dense(self, bias: bool, **factory: Any) -> nn.Module:
+        settings: dict[str, Any] = {name: getattr(self, name) for name in self.SETTINGS}
+        sizes: Any = (self.in_channels, self.out_channels, self.kernel_size)
+        return nn.ConvTranspose2d(*sizes, bias=bias, **settings, **factory)
+
+    def extra_repr(self) -> str:
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in ("kernel_size", *self.SETTINGS))
+        return f"{self.in_channels}, {self.out_channels}, {settings}, {super().extra_repr()}"
+
+
+def _grid(
+    N: int, K: int, kernel: tuple[int, ...], groups: int, chunk: tuple[int, int] | None, width: int, name: str
+) -> Grid:
+    """Of a kernel `[N, K, *kernel]`, whose rows are the channels that `name` counts."""
+    if chunk is None:
+        rows, cols = default_chunk(N // groups, K, width, positions=prod(kernel))
+    else:
+        rows, cols = check_chunk(chunk)
+    if groups > 1 and N // groups % rows:
+        raise ValueError(f"chunk: got {rows} rows, wanted a divisor of {N} {name} / {groups} groups")
+    return Grid(N, K, rows, cols)
+
+
+def _check_kernel(kernel_size: Sizes, n: int) -> None:
+    sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size,) * n
+    if len(sizes) != n or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"kernel_size: got {kernel_size!r}, wanted a positive integer, or {n} of them")
+
+
+def _check_images(x: Tensor, channels: int, n: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
+    if x.dim() not in (n + 1, n + 2) or x.shape[-n - 1] != channels:
+        wanted = ", ".join([str(channels), *"DHW"[3 - n :]])
+        raise ValueError(f"x: got shape {list(x.shape)}, wanted [B, {wanted}] or [{wanted}]")

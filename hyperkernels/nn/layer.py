@@ -34,6 +34,7 @@ class HyperLayer(nn.Module):
         width: int,
         hypernet: nn.Module | None,
         factory: dict[str, Any],
+        outputs: int | None = None,
     ) -> None:
         super().__init__()
         check_size("width", width)
@@ -52,7 +53,8 @@ class HyperLayer(nn.Module):
         self.hypernet = hypernet
         self.head = nn.Parameter(torch.empty(width, grid.rows, grid.cols, *kernel, **factory))
         self.bias_head = nn.Parameter(torch.empty(width, grid.rows, 1, **factory)) if generated else None
-        self.bias = nn.Parameter(torch.empty(grid.out_features, **factory)) if bias is True else None
+        outputs = grid.out_features if outputs is None else outputs
+        self.bias = nn.Parameter(torch.empty(outputs, **factory)) if bias is True else None
         self.reset_parameters()
 
     @property
