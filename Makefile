@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## train the demo: a table, and a picture in out/
 	$(BIN)/python python/demos/vit_rotations.py
 
 test: $(VENV)/installed  ## all tests and docstring examples
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 SANITIZED := build/sanitized
 sanitize: $(VENV)/installed  ## the native engine under AddressSanitizer and UBSan
