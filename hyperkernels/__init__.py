@@ -7,22 +7,35 @@ from hyperkernels.flops import register_flops
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.kernels.tuning import set_tuning
-from hyperkernels.nn import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d, HyperLinear, context
+from hyperkernels.nn import (
+    HyperConv1d,
+    HyperConv2d,
+    HyperConv3d,
+    HyperConvTranspose2d,
+    HyperLinear,
+    HyperModel,
+    HyperNet,
+    context,
+)
 from hyperkernels.planner import set_workspace_mib
 from hyperkernels.swap import HyperConfig, SwapReport, hyperize_, merge_
 from hyperkernels.version import __version__
+from hyperkernels.weight import GeneratedWeight
 
 register_flops()
 
 __all__ = [
     "AdditiveHidden",
     "Explanation",
+    "GeneratedWeight",
     "HyperConfig",
     "HyperConv1d",
     "HyperConv2d",
     "HyperConv3d",
     "HyperConvTranspose2d",
     "HyperLinear",
+    "HyperModel",
+    "HyperNet",
     "SwapReport",
     "__version__",
     "context",

@@ -132,14 +132,16 @@ def _step(call: Call, order: str, forms: tuple[str, str], outputs: tuple[str, ..
     return step._replace(cost=estimate(call, step))
 
 
-def default_chunk(out_features: int, in_features: int, width: int, positions: int = 1) -> tuple[int, int]:
+def default_chunk(
+    out_features: int, in_features: int, width: int, positions: int = 1, largest: int | None = None
+) -> tuple[int, int]:
     """The cheapest `(rows, cols)` whose generated weight can still have full rank.
 
     Among powers of two (and the whole extent), minimise FLOPs beside a dense layer's: `width*rows/N + width/cols`
     in head_first, and never more than the 1 of generate, subject to
     `width * min(I, J) * min(rows, cols) >= min(N, K)`; of equals, the one with the fewest parameters. Where no
     chunk allows full rank, the one that allows the highest. A convolution's kernel has `positions`: each column of a
-    chunk is as many of the weight's, and rows divide `out_features`, of a group.
+    chunk is as many of the weight's, and rows divide `out_features`, of a group. A chunk has at most `largest` numbers.
 
     Example:
         >>> default_chunk(4096, 4096, 32)
@@ -157,4 +159,9 @@ def default_chunk(out_features: int, in_features: int, width: int, positions: in
         return (-grid.rank_bound(width, positions), min(flops * padded, 1.0), parameters)
 
     rows = [n for n in extents(out_features) if positions == 1 or out_features % n == 0]
-    return min(product(rows, extents(in_features)), key=key)
+    chunks = list(product(rows, extents(in_features)))
+    if largest is not None:
+        chunks = [chunk for chunk in chunks if prod(chunk) * positions <= largest]
+    if not chunks:
+        raise ValueError(f"chunk: got at most {largest} numbers, wanted at least the {positions} of one kernel")
+    return min(chunks, key=key)

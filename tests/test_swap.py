@@ -82,7 +82,7 @@ def test_what_is_left_alone_and_why():
     assert reasons["encoder.linear1"] == "its TransformerEncoderLayer reads its weight"
     assert "normed" in reasons
     assert reasons["hooked"] == "it has hooks"
-    assert reasons["hyper.hypernet.chunk_layer"] == "it is part of a hyper layer"
+    assert reasons["hyper.hypernet.layer.chunk_layer"] == "it is part of a hyper layer"
     model["encoder"].eval()(torch.randn(3, 2, 8))
 
 

@@ -2,7 +2,21 @@
 
 from hyperkernels.nn.ambient import context
 from hyperkernels.nn.conv import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d
+from hyperkernels.nn.hyper_model import HyperModel
+from hyperkernels.nn.hypernet import HyperNet
 from hyperkernels.nn.linear import HyperLinear
-from hyperkernels.nn.trunk import Trunk
+from hyperkernels.nn.trunk import ColumnTrunk, Trunk, TrunkLayer
 
-__all__ = ["HyperConv1d", "HyperConv2d", "HyperConv3d", "HyperConvTranspose2d", "HyperLinear", "Trunk", "context"]
+__all__ = [
+    "ColumnTrunk",
+    "HyperConv1d",
+    "HyperConv2d",
+    "HyperConv3d",
+    "HyperConvTranspose2d",
+    "HyperLinear",
+    "HyperModel",
+    "HyperNet",
+    "Trunk",
+    "TrunkLayer",
+    "context",
+]

@@ -53,6 +53,24 @@ def current_context() -> tuple[Tensor | None, Tensor | None]:
     return _ambient.z, _ambient.context_ids
 
 
+def find_context(context: Tensor | None, features: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """`(z [G, features], context_ids)` for a hypernetwork: the argument, else the ambient one; of a static one, which
+    has no features, `(None, None)`."""
+    context_ids = None
+    if context is None and features is not None:
+        context, context_ids = current_context()
+        if context is None:
+            raise ValueError(
+                f"context: got none, wanted [G, {features}]: give context=z, or call inside "
+                "`with hyperkernels.context(z):`"
+            )
+    if context is None:
+        return None, None
+    if features is None:
+        raise ValueError("context: this hypernetwork is static: build it with context_features to condition it")
+    return check_context(context, "context", features), context_ids
+
+
 def check_context(z: Tensor, name: str, features: int | None = None) -> Tensor:
     """z as `[G, context_features]`."""
     if not isinstance(z, Tensor) or not z.is_floating_point():

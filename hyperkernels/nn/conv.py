@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hyperkernels.chunking import Grid
 from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d, hyper_conv_transpose2d
-from hyperkernels.nn.layer import HyperLayer, check_chunk, check_size
+from hyperkernels.nn.layer import HyperLayer, check_chunk
+from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
 Sizes = int | tuple[int, ...]
@@ -43,8 +44,7 @@ class HyperConv(HyperLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, size in (("in_channels", in_channels), ("out_channels", out_channels), ("width", width)):
-            check_size(name, size)
+        check_sizes(in_channels=in_channels, out_channels=out_channels, width=width)
         _check_kernel(kernel_size, self.dimensions)
         given = (kernel_size, stride, padding, dilation, groups, False, padding_mode)
         like = self.dense(in_channels, out_channels, *given, device="meta")
@@ -187,8 +187,7 @@ class HyperConvTranspose2d(HyperLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, size in (("in_channels", in_channels), ("out_channels", out_channels), ("width", width)):
-            check_size(name, size)
+        check_sizes(in_channels=in_channels, out_channels=out_channels, width=width)
         if not isinstance(bias, bool):
             raise ValueError(f"bias: got {bias!r}, wanted True or False")
         _check_kernel(kernel_size, 2)

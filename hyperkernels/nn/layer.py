@@ -13,8 +13,8 @@ from hyperkernels.chunking import Grid
 from hyperkernels.form import autocast_enabled
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.nn.ambient import check_context, current_context
-from hyperkernels.nn.trunk import Trunk
+from hyperkernels.nn.ambient import find_context
+from hyperkernels.nn.trunk import Trunk, check_sizes
 
 Hidden = Tensor | AdditiveHidden
 
@@ -37,7 +37,7 @@ class HyperLayer(nn.Module):
         outputs: int | None = None,
     ) -> None:
         super().__init__()
-        check_size("width", width)
+        check_sizes(width=width)
         if not (isinstance(bias, bool) or (isinstance(bias, str) and bias == "generated")):
             raise ValueError(f'bias: got {bias!r}, wanted True, False or "generated"')
         if hypernet is not None and not isinstance(hypernet, nn.Module):
@@ -70,7 +70,7 @@ class HyperLayer(nn.Module):
         """A new trunk (the layer's own; one that was passed in stays), and heads and bias as a dense layer's vary."""
         if self._owns_hypernet:
             self.hypernet.reset_parameters()  # type: ignore[operator]
-        moment = self._hidden_second_moment().clamp_min(1e-6)
+        moment = hidden_second_moment(self.hypernet, self.context_features, self.head)
         std = (3 * self.fan_in * self.width * moment).rsqrt()
         for head in (self.head, self.bias_head):
             if head is not None:
@@ -79,33 +79,10 @@ class HyperLayer(nn.Module):
             bound = self.fan_in**-0.5
             self.bias.uniform_(-bound, bound)
 
-    def _hidden_second_moment(self) -> Tensor:
-        """Mean of hidden squared: exact for a static trunk, else over a few standard normal contexts."""
-        if self.context_features is None:
-            contexts: list[Tensor | None] = [None]
-        else:
-            contexts = list(torch.randn(16, 1, self.context_features, dtype=self.head.dtype, device=self.head.device))
-        moments = []
-        for z in contexts:
-            hidden = self.hypernet(z)
-            dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
-            moments.append(dense.float().square().mean())
-        return torch.stack(moments).mean()
-
     def hidden(self, context: Tensor | None = None) -> tuple[Hidden, Tensor | None]:
         """`(hidden, context_ids)` for a context: the argument, else the ambient one, else none (a static layer)."""
-        context_ids = None
-        if context is None and self.context_features is not None:
-            context, context_ids = current_context()
-            if context is None:
-                raise ValueError(
-                    f"context: got none, wanted [G, {self.context_features}]: call layer(x, context=z), or the model "
-                    "inside `with hyperkernels.context(z):`"
-                )
+        context, context_ids = find_context(context, self.context_features)
         if context is not None:
-            if self.context_features is None:
-                raise ValueError("context: this layer is static: build it with context_features to condition it")
-            context = check_context(context, "context", self.context_features)
             self._check_dtype("context", context)
         return self.hypernet(context), context_ids
 
@@ -180,9 +157,17 @@ def _contexts(hidden: Hidden) -> int:
     return hidden.shape[0] if len(hidden.shape) == 4 else 1
 
 
-def check_size(name: str, size: int) -> None:
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{name}: got {size!r}, wanted a positive integer")
+def hidden_second_moment(hypernet: Callable[[Any], Hidden], context_features: int | None, like: Tensor) -> Tensor:
+    """Mean of hidden squared: exact for a static hypernetwork, else over a few standard normal contexts."""
+    contexts: list[Tensor | None] = [None]
+    if context_features is not None:
+        contexts = list(torch.randn(16, 1, context_features, dtype=like.dtype, device=like.device))
+    moments = []
+    for z in contexts:
+        hidden = hypernet(z)
+        dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
+        moments.append(dense.float().square().mean())
+    return torch.stack(moments).mean().clamp_min(1e-6)
 
 
 def check_chunk(chunk: tuple[int, int]) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from hyperkernels.chunking import Grid
 from hyperkernels.functional import hyper_linear
-from hyperkernels.nn.layer import HyperLayer, check_chunk, check_size
+from hyperkernels.nn.layer import HyperLayer, check_chunk
+from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
 
@@ -68,8 +69,7 @@ class HyperLinear(HyperLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, size in (("in_features", in_features), ("out_features", out_features), ("width", width)):
-            check_size(name, size)
+        check_sizes(in_features=in_features, out_features=out_features, width=width)
         rows, cols = default_chunk(out_features, in_features, width) if chunk is None else check_chunk(chunk)
         grid = Grid(out_features, in_features, rows, cols)
         super().__init__(grid, (), bias, context_features, width, hypernet, {"device": device, "dtype": dtype})

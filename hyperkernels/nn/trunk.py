@@ -11,22 +11,81 @@ from hyperkernels.hidden import ACTIVATIONS, AdditiveHidden, check_activation
 from hyperkernels.nn.ambient import check_context
 
 
-class Trunk(nn.Module):
-    """`hidden[g,i,j] = activation(A z[g] + B embedding[i,j] + b)`: one layer on `[context, chunk embedding]`.
+class TrunkLayer(nn.Module):
+    """`hidden[g,c] = activation(A z[g] + B embedding[c] + b)`: one layer on `[context, chunk embedding]`.
 
-    With the head that follows it, a two-layer MLP. The layer is separable, so a conditional trunk returns
-    `AdditiveHidden` and a context per sample costs one vector each; a static one (no context) returns
-    `hidden [I, J, m]`.
+    With the head that follows it, a two-layer MLP. The layer is separable, so a conditional one returns
+    `AdditiveHidden` and a context per sample costs one vector each.
+
+    Args:
+        width: m.
+        embedding_features: size of a chunk's embedding.
+        context_features: size of z; None for a static trunk.
+        activation: see `AdditiveHidden`.
+
+    Call:
+        `trunk(embedding, context=None)`, with embeddings `[C, e]` or, in a grid, `[I, J, e]`, and z `[G,
+        context_features]`: hidden `[C, m]` or `[I, J, m]`, of a conditional trunk as `AdditiveHidden`, a row of chunks
+        each.
+
+    Raises:
+        ValueError: a size below 1, or an unknown activation; no context where one is needed.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> trunk = hk.nn.TrunkLayer(8, 4, context_features=3)
+        >>> trunk(torch.randn(6, 4), torch.randn(5, 3)).shape
+        (5, 6, 1, 8)
+    """
+
+    def __init__(
+        self,
+        width: int,
+        embedding_features: int,
+        *,
+        context_features: int | None = None,
+        activation: str = "tanh",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_activation(activation)
+        check_sizes(width=width, embedding_features=embedding_features, context_features=context_features)
+        self.activation = activation
+        self.context_features = context_features
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.chunk_layer = nn.Linear(embedding_features, width, **factory)
+        self.context_layer = nn.Linear(context_features, width, bias=False, **factory) if context_features else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Unit variance from each summand, for an embedding and a z of unit variance."""
+        nn.init.zeros_(self.chunk_layer.bias)
+        for layer in (self.chunk_layer, self.context_layer):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+
+    def forward(self, embedding: Tensor, context: Tensor | None = None) -> Tensor | AdditiveHidden:
+        chunks = self.chunk_layer(embedding)
+        if self.context_layer is None:
+            return ACTIVATIONS[self.activation].apply_(chunks)
+        if context is None:
+            raise ValueError("context: got None, wanted [G, context_features]: this trunk is conditional")
+        z = check_context(context, "context", self.context_features)
+        grid = chunks if chunks.dim() == 3 else chunks[:, None]
+        return AdditiveHidden(self.context_layer(z), grid, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class Trunk(nn.Module):
+    """A `TrunkLayer` with learned embeddings of its own: a whole hypernetwork but the head, `trunk(context)`.
 
     Args:
         chunks: `(I, J)`, the grid of chunks to embed.
-        width: m.
-        context_features: size of z; None for a static trunk.
         embedding_features: size of a chunk's learned embedding; `width` by default.
-        activation: see `AdditiveHidden`.
-
-    Raises:
-        ValueError: a size below 1, or an unknown activation.
+        width, context_features, activation: as of `TrunkLayer`.
 
     Example:
         >>> import torch, hyperkernels as hk
@@ -46,39 +105,82 @@ class Trunk(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_activation(activation)
         features = width if embedding_features is None else embedding_features
-        sizes = {"width": width, "embedding_features": features}
-        if context_features is not None:
-            sizes["context_features"] = context_features
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: got {size!r}, wanted a positive integer")
-        self.activation = activation
-        self.context_features = context_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.layer = TrunkLayer(width, features, context_features=context_features, activation=activation, **factory)
         self.embedding = nn.Parameter(torch.empty(*chunks, features, **factory))
-        self.chunk_layer = nn.Linear(features, width, **factory)
-        self.context_layer = nn.Linear(context_features, width, bias=False, **factory) if context_features else None
-        self.reset_parameters()
+        nn.init.normal_(self.embedding)
 
     def reset_parameters(self) -> None:
-        """Unit variance from each summand, for a z of unit variance."""
+        self.layer.reset_parameters()
         nn.init.normal_(self.embedding)
-        nn.init.zeros_(self.chunk_layer.bias)
-        for layer in (self.chunk_layer, self.context_layer):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
     def forward(self, context: Tensor | None = None) -> Tensor | AdditiveHidden:
-        chunks = self.chunk_layer(self.embedding)
-        if self.context_layer is None:
-            return ACTIVATIONS[self.activation].apply_(chunks)
-        if context is None:
-            raise ValueError("context: got None, wanted [G, context_features]: this trunk is conditional")
-        z = check_context(context, "context", self.context_features)
-        return AdditiveHidden(self.context_layer(z), chunks, self.activation)
+        return self.layer(self.embedding, context)
 
     def extra_repr(self) -> str:
         I, J, features = self.embedding.shape
-        return f"chunks={I}x{J}, embedding_features={features}, activation={self.activation}"
+        return f"chunks={I}x{J}, embedding_features={features}"
+
+
+class ColumnTrunk(nn.Module):
+    """`hidden[c * columns + q] = A[q] embedding[c] + b[q]`: Ha et al.'s generator of kernels, whose first layer has a
+    matrix for each input channel of a chunk, and whose second, the head, is the same for all.
+
+    For chunks of one column, `chunk=(rows, 1)`: `columns` of them side by side have one embedding.
+
+    Args:
+        columns: how many columns an embedding stands for; it must divide a target's.
+        width: m.
+        embedding_features: size of an embedding.
+
+    Call:
+        `trunk(embedding [C, embedding_features])`: hidden `[C * columns, m]`. It takes no context.
+
+    Raises:
+        ValueError: a size below 1, or a context.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> trunk = hk.nn.ColumnTrunk(16, 64, 64)
+        >>> net = hk.HyperNet({"kernel": (64, 32, 3, 3)}, chunk=(16, 1), width=64, trunk=trunk, head_bias=True)
+        >>> sum(p.numel() for p in net.parameters()) - net.embedding.numel()  # one generator, of any number of kernels
+        75920
+
+    Source: Ha, Dai and Le 2016 (HyperNetworks), section 3.1.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        width: int,
+        embedding_features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(columns=columns, width=width, embedding_features=embedding_features)
+        self.chunks_per_embedding = columns
+        self.weight = nn.Parameter(torch.empty(columns, embedding_features, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(columns, width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, embedding: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None:
+            raise ValueError("context: this trunk takes none")
+        return (torch.einsum("ce,qem->cqm", embedding, self.weight) + self.bias).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        columns, features, width = self.weight.shape
+        return f"columns={columns}, width={width}, embedding_features={features}"
+
+
+def check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name}: got {size!r}, wanted a positive integer")

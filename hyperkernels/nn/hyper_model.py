@@ -1,0 +1,68 @@
+"""`HyperModel`: a model that somebody else wrote, run with the weights that a hypernetwork generates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperkernels.nn.hypernet import HyperNet
+from hyperkernels.weight import form
+
+
+class HyperModel(nn.Module):
+    """A model that runs with the weights that a hypernetwork generates, none of them formed.
+
+    Args:
+        model: any module. The weights that are generated stop being its parameters, in place; whatever else it has
+            stays and learns on.
+        hypernet: a `HyperNet` whose targets are parameters of `model`, by name and shape.
+
+    Call:
+        `hyper_model(*args, context=None, context_ids=None, **kwargs)`: the model's arguments, and the hypernetwork's.
+
+    Raises:
+        TypeError, ValueError: an argument is no such module, or a target no parameter of the model. Nothing has been
+            changed then.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 2))
+        >>> hyper = hk.HyperModel(model, hk.HyperNet(model, context_features=5, width=8))
+        >>> hyper(torch.randn(4, 20), context=torch.randn(4, 5)).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, model: nn.Module, hypernet: HyperNet) -> None:
+        super().__init__()
+        for name, value, kind in (("model", model, nn.Module), ("hypernet", hypernet, HyperNet)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: got {type(value).__name__}, wanted a {kind.__name__}")
+        own = dict(model.named_parameters(remove_duplicate=False))
+        for name, target in hypernet.targets.items():
+            if name not in own or tuple(own[name].shape) != target.shape:
+                got = list(own[name].shape) if name in own else "no such parameter"
+                raise ValueError(f"hypernet: wanted {name!r} {list(target.shape)} in the model, got {got}")
+        for name in hypernet.targets:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path).register_parameter(leaf, None)
+        self.model, self.hypernet = model, hypernet
+
+    def forward(
+        self, *args: Any, context: Tensor | None = None, context_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        weights = self.hypernet(context, context_ids)
+        return torch.func.functional_call(self.model, weights, args, kwargs)
+
+    @torch.no_grad()
+    def to_dense(self, context: Tensor | None = None) -> nn.Module:
+        """The model with the weights of one context formed, as its own parameters again, in place."""
+        formed = {name: form(weight) for name, weight in self.hypernet(context).items()}
+        for name, weight in formed.items():
+            if tuple(weight.shape) != self.hypernet.targets[name].shape:
+                raise ValueError(f"context: got {weight.shape[0]} contexts, wanted one: a dense layer has one weight")
+        for name, weight in formed.items():
+            path, _, leaf = name.rpartition(".")
+            self.model.get_submodule(path).register_parameter(leaf, nn.Parameter(weight))
+        return self.model

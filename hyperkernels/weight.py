@@ -1,0 +1,228 @@
+"""`GeneratedWeight`: a weight that is never there, for models that nobody rewrote."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d, hyper_conv_transpose2d
+from hyperkernels.form import check_head_bias, check_tensors, grid_of_weight
+from hyperkernels.functional import generate_weight, hyper_linear
+from hyperkernels.hidden import AdditiveHidden
+
+_warned: set[str] = set()
+
+
+class GeneratedWeight(Tensor):
+    """`W[g, i*rows+r, j*cols+q, *s] = sum_k hidden[g,i,j,k] head[k,r,q,*s] (+ head_bias)`: a tensor of W's shape, dtype
+    and device that holds none of its numbers.
+
+    As the weight of `F.linear`, `F.conv1d`, `2d`, `3d` and `F.conv_transpose2d`, and in `matmul` and `addmm`, it runs
+    `hyper_linear` and its like, and W is not formed: `torch.func.functional_call(model, {name: weight}, x)` runs a
+    model with generated weights. `.T` and `.to(dtype)` are generated weights again. Any other operation forms W, and
+    warns with its name, once.
+
+    Args:
+        hidden, head, head_bias, order, backend: as for `hyper_linear`, or `hyper_conv2d`.
+        shape: `(N, K)`; of a convolution `(out_channels, in_channels / groups, *kernel)`; of a bias `(N,)`, which is
+            generated as the column `(N, 1)`.
+        context_ids: as for `hyper_linear`, of the layer that the weight is given to. Where hidden has G contexts each
+            has a weight of this shape, and entry g of the layer's input uses that of context g, without ids.
+
+    Gradients reach hidden, head and head_bias.
+
+    Raises:
+        TypeError, ValueError: as `generate_weight`, and later as the function that it is given to.
+        RuntimeError: an operation that forms W, and there is more than one.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> weight = hk.GeneratedWeight(torch.randn(2, 3, 6), torch.randn(6, 4, 5), (8, 14))
+        >>> torch.func.functional_call(torch.nn.Linear(14, 8), {"weight": weight}, torch.randn(9, 14)).shape
+        torch.Size([9, 8])
+    """
+
+    hidden: Tensor | AdditiveHidden
+    head: Tensor
+    settings: dict[str, Any]
+
+    @staticmethod
+    def __new__(
+        cls,
+        hidden: Tensor | AdditiveHidden,
+        head: Tensor,
+        shape: Sequence[int],
+        *,
+        head_bias: Tensor | None = None,
+        context_ids: Tensor | None = None,
+        order: str | None = None,
+        backend: str | None = None,
+    ) -> GeneratedWeight:
+        check_tensors(head, hidden, head)
+        shape = tuple(shape)
+        grid = grid_of_weight(hidden, head, _matrix(shape))
+        check_head_bias(head_bias, grid, head, shape[2:])
+        # one number in memory: whoever reads W past these functions sees at once that it is not there
+        weight = head.detach().new_full((1,), float("nan")).expand(shape).as_subclass(cls)
+        weight.hidden, weight.head = hidden, head
+        weight.settings = {"head_bias": head_bias, "context_ids": context_ids, "order": order, "backend": backend}
+        return weight
+
+    def __init__(self, *_arguments: Any, **_settings: Any) -> None:
+        """`__new__` has done it, as for every tensor."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in GENERATED:
+            found = GENERATED[function](*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        if function not in TOLD:
+            name = _name(function)
+            args, kwargs = pytree.tree_map_only(cls, lambda weight: _formed_for(name, weight), (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        hidden, head = list(self.hidden.shape), list(self.head.shape)
+        return f"GeneratedWeight(shape={list(_shape(self))}, hidden={hidden}, head={head})"
+
+
+def _name(function: Any) -> str:
+    """A property's getter is called by the property."""
+    owner = getattr(function, "__self__", None)
+    return getattr(owner if function.__name__ == "__get__" else function, "__name__", str(function))
+
+
+def form(weight: GeneratedWeight) -> Tensor:
+    """W itself, `[*shape]`, or of more contexts than one `[G, *shape]`."""
+    shape, contexts = _shape(weight), _contexts(weight)
+    formed = generate_weight(weight.hidden, weight.head, _matrix(shape), head_bias=weight.settings["head_bias"])
+    return formed.reshape(shape if contexts == 1 else (contexts, *shape))
+
+
+def _formed_for(name: str, weight: GeneratedWeight) -> Tensor:
+    contexts, shape = _contexts(weight), _shape(weight)
+    if contexts > 1:
+        raise RuntimeError(f"{name}: got a generated weight of {contexts} contexts, wanted one: W is not one tensor")
+    if name not in _warned and len(shape) > 1:
+        _warned.add(name)
+        warnings.warn(f"{name} forms a generated weight; F.linear, F.conv2d and matmul do not", stacklevel=6)
+    return form(weight)
+
+
+def _contexts(weight: GeneratedWeight) -> int:
+    return weight.hidden.shape[0] if len(weight.hidden.shape) == 4 else 1
+
+
+def _shape(weight: Tensor) -> tuple[int, ...]:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tuple(weight.shape)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape, 1) if len(shape) == 1 else shape
+
+
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return form(bias) if isinstance(bias, GeneratedWeight) else bias
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if isinstance(input, GeneratedWeight) or not isinstance(weight, GeneratedWeight):
+        return NotImplemented
+    N = _shape(weight)[0]
+    return hyper_linear(input, weight.hidden, weight.head, out_features=N, bias=_bias(bias), **weight.settings)
+
+
+def _convolution(function: Callable[..., Tensor], names: str) -> Callable[..., Any]:
+    """torch's function of `(input, weight, bias, *settings)`, the settings by `names`, as `function`."""
+
+    def run(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any, **named: Any) -> Any:
+        if isinstance(input, GeneratedWeight) or not isinstance(weight, GeneratedWeight):
+            return NotImplemented
+        settings = weight.settings | dict(zip(names.split(), given)) | named
+        N, K = _shape(weight)[:2]
+        channels = K * settings.get("groups", 1) if function is hyper_conv_transpose2d else N
+        return function(input, weight.hidden, weight.head, out_channels=channels, bias=_bias(bias), **settings)
+
+    return run
+
+
+def _transposed(weight: Any) -> Any:
+    bias = weight.settings["head_bias"]
+    if len(_shape(weight)) != 2 or weight.head.dim() == 4 or (bias is not None and bias.dim() == 3):
+        return NotImplemented  # one head for each chunk: they lie in the chunks' order
+    hidden = weight.hidden
+    if isinstance(hidden, AdditiveHidden):
+        hidden = AdditiveHidden(hidden.context, hidden.chunks.transpose(0, 1), hidden.activation)
+    else:
+        hidden = hidden.transpose(-3, -2)
+    settings = weight.settings | {"head_bias": None if bias is None else bias.T}
+    return GeneratedWeight(hidden, weight.head.transpose(-2, -1), _shape(weight)[::-1], **settings)
+
+
+def _matmul(left: Tensor, right: Tensor) -> Any:
+    if isinstance(left, GeneratedWeight):
+        if isinstance(right, GeneratedWeight) or right.dim() > 2:
+            return NotImplemented
+        return _linear(right.T, left).T if right.dim() == 2 else _linear(right, left)
+    turned = _transposed(right)
+    return NotImplemented if turned is NotImplemented else _linear(left, turned)
+
+
+def _addmm(input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    if (beta, alpha) != (1, 1) or isinstance(input, GeneratedWeight):
+        return NotImplemented
+    product = _matmul(left, right)
+    return product if product is NotImplemented else input + product
+
+
+def _requires_grad(weight: Any) -> bool:
+    hidden = weight.hidden
+    parts = (hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden,)
+    return any(v is not None and v.requires_grad for v in (*parts, weight.head, weight.settings["head_bias"]))
+
+
+def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of hidden, head and head_bias alike."""
+    if isinstance(weight.hidden, AdditiveHidden):
+        parts = (weight.hidden.context.to(*args, **kwargs), weight.hidden.chunks.to(*args, **kwargs))
+        hidden: Any = AdditiveHidden(*parts, weight.hidden.activation)
+    else:
+        hidden = weight.hidden.to(*args, **kwargs)
+    bias = weight.settings["head_bias"]
+    settings = weight.settings | {"head_bias": None if bias is None else bias.to(*args, **kwargs)}
+    return GeneratedWeight(hidden, weight.head.to(*args, **kwargs), _shape(weight), **settings)
+
+
+CONVOLUTION = "stride padding dilation groups"
+GENERATED: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    F.conv1d: _convolution(hyper_conv1d, CONVOLUTION),
+    F.conv2d: _convolution(hyper_conv2d, CONVOLUTION),
+    F.conv3d: _convolution(hyper_conv3d, CONVOLUTION),
+    F.conv_transpose2d: _convolution(hyper_conv_transpose2d, "stride padding output_padding groups dilation"),
+    Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
+    Tensor.is_leaf.__get__: lambda weight: not _requires_grad(weight),  # type: ignore[attr-defined]
+    Tensor.T.__get__: _transposed,  # type: ignore[attr-defined]
+    Tensor.t: _transposed,
+    torch.t: _transposed,
+    Tensor.to: _to,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+    Tensor.__rmatmul__: lambda right, left: _matmul(left, right),
+    torch.addmm: _addmm,
+}
+TOLD = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size", "__len__")),
+    torch.is_floating_point,
+    torch.numel,
+}

@@ -1,0 +1,166 @@
+"""`GeneratedWeight` in the functions of torch, beside the weight formed."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hyperkernels as hk
+from hyperkernels import weight as generated
+from hyperkernels.testing import peak_bytes
+from hyperkernels.weight import GeneratedWeight, form
+
+N, K, B = 8, 14, 9
+
+
+def make(shape=(N, K), contexts=None, *, head_bias=False, additive=False, dtype=torch.float64):
+    n, k, *kernel = shape
+    lead = () if contexts is None else (contexts,)
+    head = torch.randn(6, 4, 5, *kernel, dtype=dtype, requires_grad=True)
+    bias = torch.randn(4, 5, *kernel, dtype=dtype, requires_grad=True) if head_bias else None
+    grid = (-(-n // 4), -(-k // 5), 6)
+    if additive:
+        parts = (torch.randn(contexts or 1, 6, dtype=dtype), torch.randn(grid, dtype=dtype))
+        hidden = hk.AdditiveHidden(*(v.requires_grad_() for v in parts), "tanh")
+    else:
+        hidden = torch.randn(*lead, *grid, dtype=dtype, requires_grad=True)
+    return GeneratedWeight(hidden, head, shape, head_bias=bias)
+
+
+x = torch.randn(B, K, dtype=torch.float64)
+RUNS = {
+    "linear": lambda w: F.linear(x, w),
+    "linear, bias": lambda w: F.linear(x, w, torch.ones(N).double()),
+    "linear, named": lambda w: F.linear(input=x[0], weight=w, bias=None),
+    "x @ W.T": lambda w: x @ w.T,
+    "x @ W.t()": lambda w: torch.matmul(x, w.t()),
+    "W @ x": lambda w: w @ x.T,
+    "W @ vector": lambda w: w @ x[0],
+    "mm": lambda w: torch.mm(w, x.T),
+    "addmm": lambda w: torch.addmm(torch.ones(B, N).double(), x, w.T),
+    "W.T @ y": lambda w: w.T @ x[:N],
+    "to": lambda w: F.linear(x.float(), w.to(torch.float32)).double(),
+}
+FORMED = {
+    "sum": lambda w: w.sum(),
+    "rows": lambda w: w[2:5],
+    "norm": lambda w: torch.linalg.vector_norm(w),
+    "stack": lambda w: torch.stack([w, w]),
+    "scaled": lambda w: 2 * w,
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(generated, "_warned", set())
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_bias": True}, {"additive": True}], ids=["plain", "bias", "additive"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_what_runs_without_forming_it(run, settings, monkeypatch):
+    weight = make(**settings)
+    parts = [v for v in (weight.head, weight.settings["head_bias"]) if v is not None]
+    formed = form(weight)
+    wanted = run(formed)
+    dy = torch.randn_like(wanted)
+    grads = torch.autograd.grad(wanted, parts, dy)
+    monkeypatch.setattr(generated, "form", None)
+    got = run(weight)
+    tolerance = 1e-4 if run is RUNS["to"] else 1e-12
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(torch.autograd.grad(got, parts, dy), grads):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("run", FORMED.values(), ids=FORMED)
+def test_what_forms_it_is_right_and_says_so_once(run):
+    weight = make()
+    with pytest.warns(UserWarning, match="forms a generated weight"):
+        got = run(weight)
+    torch.testing.assert_close(got, run(form(weight)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(weight)
+    got.sum().backward()
+    assert weight.head.grad.abs().sum() > 0
+
+
+def test_more_contexts_than_one_are_not_one_tensor():
+    weight = make(contexts=3)
+    torch.testing.assert_close(
+        F.linear(x.view(3, 3, K), weight), torch.einsum("gtk,gnk->gtn", x.view(3, 3, K), form(weight))
+    )
+    with pytest.raises(RuntimeError, match="sum: got a generated weight of 3 contexts"):
+        weight.sum()
+
+
+CONVOLUTIONS = {
+    "1d": (F.conv1d, (N, K, 3), (2, K, 11)),
+    "2d": (F.conv2d, (N, K, 3, 2), (2, K, 7, 8)),
+    "3d": (F.conv3d, (N, K, 2, 1, 2), (2, K, 4, 4, 5)),
+    "transposed": (F.conv_transpose2d, (K, N, 3, 3), (2, K, 5, 5)),
+}
+
+
+@pytest.mark.parametrize(("function", "shape", "images"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolutions(function, shape, images, monkeypatch):
+    weight, v = make(shape), torch.randn(images).double()
+    formed = form(weight)
+    monkeypatch.setattr(generated, "form", None)
+    for arguments in ((), (None, 2, 1), (torch.ones(N).double(), 2)):
+        torch.testing.assert_close(function(v, weight, *arguments), function(v, formed, *arguments))
+
+
+def test_a_module_reads_what_a_weight_tells():
+    weight = make(dtype=torch.float32)
+    linear = nn.Linear(K, N, bias=False)
+    shapes = []
+
+    def look(module, _inputs):
+        shapes.append((module.weight.shape, module.weight.dtype, module.weight.device.type, module.weight.size(0)))
+
+    linear.register_forward_pre_hook(look)
+    torch.func.functional_call(linear, {"weight": weight}, x.float())
+    assert shapes == [((N, K), torch.float32, "cpu", N)]
+    assert weight.requires_grad
+    assert not weight.is_leaf
+    assert "GeneratedWeight(shape=[8, 14]" in repr(weight)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, 3))
+        self.hidden, self.head = nn.Parameter(torch.randn(2, 3, 6)), nn.Parameter(torch.randn(6, 4, 5))
+
+    def forward(self, v):
+        weight = GeneratedWeight(self.hidden, self.head, (N, K))
+        return torch.func.functional_call(self.layers, {"0.weight": weight}, v)
+
+
+def test_compiled_without_a_break():
+    model, v = Model(), x.float()
+    grads = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(v).square().sum().backward()
+        grads.append((model.hidden.grad.clone(), model.head.grad.clone()))
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_large_weight_is_never_there():
+    hidden, head = torch.randn(128, 32, 8), torch.randn(8, 32, 128)
+    v = torch.randn(2, 4096)
+    assert peak_bytes(lambda: F.linear(v, GeneratedWeight(hidden, head, (4096, 4096)))) < 4096 * 4096 * 4 / 20
+
+
+@pytest.mark.parametrize(
+    ("shape", "head", "match"),
+    [((9, 14), (6, 4, 5), "shape"), ((8, 14, 3), (6, 4, 5), "head"), ((8, 14), (7, 4, 5), "head")],
+)
+def test_parts_that_do_not_fit_are_refused(shape, head, match):
+    with pytest.raises(ValueError, match=match):
+        GeneratedWeight(torch.randn(2, 3, 6), torch.randn(head), shape)
