@@ -171,6 +171,8 @@ def _hyper_conv(form: ConvForm, order: str | None, backend: str | None) -> Tenso
             check_context_ids(form.ids, call.contexts)
     found = [_contract(part, form.transposed, order, backend) for part in parts(form)]
     y = torch.cat(found, 2) if len(found) > 1 else found[0]
+    if form.pointwise:
+        y = y.reshape(shape[0], -1, shape[1]).transpose(1, 2)
     if n > 1 and form.folds:
         y = y.unflatten(0, (call.entries, n)).transpose(1, 2)
     y = y.reshape(shape)
@@ -187,9 +189,11 @@ def _hyper_conv(form: ConvForm, order: str | None, backend: str | None) -> Tenso
 
 
 def _contract(part: Part, transposed: bool, order: str | None, backend: str | None) -> Tensor:
-    """`[L, T, N, p]`, or transposed `[L, T, K, h]`."""
+    """`[L, T, N, p]`, or transposed `[L, T, K, h]`, or pointwise `[L, T*p, N]`."""
     call, x, hidden, head, ids = part
     if backend == "reference":
+        if call.window is None:
+            return reference.hyper_linear(x, materialize(hidden, head, call.grid, None), ids)
         kernel = materialize(hidden, head, call.grid, None, head.shape[-1:])
         return reference.hyper_conv(call.window, x, kernel, ids, transposed)  # type: ignore[arg-type]
     factors = (*((hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden, None)), head)
@@ -213,7 +217,6 @@ def _head_bias_term(form: ConvForm, order: str | None, backend: str | None) -> T
             bias=None,
             head_bias=None,
             batched=True,
-            format=torch.contiguous_format,
         ),
         order,
         backend,

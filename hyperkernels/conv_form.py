@@ -51,6 +51,14 @@ class ConvForm(NamedTuple):
         return self.x.shape[0], grid.out_features, *window.output_size
 
     @property
+    def pointwise(self) -> bool:
+        """Whether it is a linear layer at each position, of images whose channels lie side by side: rows as they are."""
+        window = self.call.window
+        assert window is not None
+        alone = not self.transposed and self.groups == 1 and self.format != torch.contiguous_format
+        return alone and prod(window.kernel) == 1 and not any(window.padding)
+
+    @property
     def folds(self) -> bool:
         """Whether each group of channels can be a context: it has a hidden of its own, and the same head."""
         return self.groups == 1 or not (self.call.activation or self.call.per_chunk_heads)
@@ -136,7 +144,7 @@ def conv_form(
 
 class Part(NamedTuple):
     """An engine's call: x `[L, T, K, h]` (or transposed, y `[L, T, N, p]`), hidden `[G, I, J, m]` or additive, head
-    `[.., m, rows, cols, s]`."""
+    `[.., m, rows, cols, s]`; of a pointwise convolution x `[L, T*h, K]` and head `[.., m, rows, cols]`."""
 
     call: Call
     x: Tensor
@@ -149,6 +157,14 @@ def parts(form: ConvForm) -> Iterator[Part]:
     """One call whose contexts are each group of each context; or where that cannot be, one for each group."""
     call, hidden, n = form.call, form.hidden, form.groups
     L, T, I = call.entries, call.tokens, call.grid.I // n
+    if form.pointwise:
+        window = call.window
+        assert window is not None
+        x = form.x[(..., *(slice(None, None, step) for step in window.stride))]
+        rows = x.movedim(1, -1).reshape(L, -1, x.shape[1])
+        own = call._replace(tokens=T * prod(window.output_size), window=None)
+        yield Part(own, rows, hidden, form.head.flatten(-1 - len(window.kernel)), form.ids)
+        return
     grid = call.grid._replace(out_features=call.grid.out_features // n)
     head = form.head.flatten(-len(call.window.kernel))  # type: ignore[union-attr]
     images = form.x.reshape(L, T, n, form.x.shape[1] // n, prod(form.x.shape[2:]))

@@ -37,10 +37,12 @@ class Problem:
         return [v.detach().to(dtype).requires_grad_() for v in self.leaves]
 
 
-def make_problem(n, contexts="shared", groups=1, per_chunk_heads=False, crop=0, moves=None, size=(9, 8, 7), B=3):
+def make_problem(
+    n, contexts="shared", groups=1, per_chunk_heads=False, crop=0, moves=None, size=(9, 8, 7), B=3, kernel=(3, 2, 4)
+):
     conv, dense = CONV[n]
     rows, cols, m, I, J = 4, 3, 2, 2 * groups, 2
-    kernel = (3, 2, 4)[:n]
+    kernel = kernel[:n]
     N, C = I * rows - crop, J * cols - crop
     moves = {name: v[:n] if isinstance(v, tuple) else v for name, v in (moves or {}).items()}
     ids = torch.tensor([1, 0, 1])[:B] if contexts == "ids" else None
@@ -97,6 +99,24 @@ def test_is_torchs_convolution(n, contexts, per_chunk_heads, groups):
         for order in ORDERS:
             assert_same(problem, order=order)
     assert_same(problem, backend="reference")
+
+
+@pytest.mark.parametrize("per_chunk_heads", [False, True], ids=["shared_head", "per_chunk_heads"])
+@pytest.mark.parametrize("contexts", CONTEXTS)
+@pytest.mark.parametrize(("n", "format"), [(2, torch.channels_last), (3, torch.channels_last_3d)], ids=["2d", "3d"])
+def test_a_pointwise_convolution_is_a_linear_layer_at_each_position(n, format, contexts, per_chunk_heads):
+    for moves in ({}, {"stride": (3, 2, 1)}):
+        problem = make_problem(n, contexts, 1, per_chunk_heads, crop=1, moves=moves, kernel=(1, 1, 1))
+        with torch.no_grad():
+            problem.leaves[0] = problem.leaves[0].contiguous(memory_format=format).requires_grad_()
+        for settings in ({"order": order, "backend": backend} for order in ORDERS for backend in ("torch", None)):
+            assert_same(problem, **settings)
+        assert_same(problem, backend="reference")
+        assert problem.ours(*problem.leaves).is_contiguous(memory_format=format)
+        (dx,) = torch.autograd.grad(problem.ours(*problem.leaves).sum(), problem.leaves[:1])
+        assert moves or dx.is_contiguous(memory_format=format)
+    plan = hk.explain(hk.hyper_conv2d, *(torch.randn(s) for s in ((2, 6, 9, 5), (4, 2, 2), (2, 4, 3, 1, 1))))
+    assert plan.backend == "torch", "channels lie apart there"
 
 
 @pytest.mark.parametrize("contexts", ["shared", "ids", "additive"])
