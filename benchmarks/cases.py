@@ -236,62 +236,7 @@ def many_contexts(
     return Case(name, contestants, check, faster or {}, smaller or {}, call=call)
 
 
-def convolution(
-    channels: int,
-    size: int,
-    chunk: tuple[int, int],
-    m: int,
-    B: int,
-    *,
-    per_image: bool = False,
-    train: bool = False,
-    faster: dict[str, float] | None = None,
-    smaller: dict[str, float] | None = None,
-) -> Case:
-    """Kernels of 3x3 on images of `size x size`, padded to stay so: against `nn.Conv2d`; or with a context per image
-    against all kernels formed, and one convolution with a group per image."""
-    rows, cols = chunk
-    I, J = channels // rows, channels // cols
-    hidden = torch.randn(*((B,) if per_image else ()), I, J, m).requires_grad_()
-    leaves = [torch.randn(B, channels, size, size).requires_grad_(), hidden]
-    leaves.append(torch.randn(m, rows, cols, 3, 3).requires_grad_())
-    dy = torch.randn(B, channels, size, size)
-    dense = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-
-    def materialised(x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
-        weight = hk.generate_weight(hidden, head, (channels, channels, 3, 3))
-        if not per_image:
-            return F.conv2d(x, weight, padding=1)
-        return F.conv2d(x.reshape(1, -1, size, size), weight.flatten(0, 1), padding=1, groups=B).reshape(x.shape)
-
-    def run(call: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor = dy) -> tuple[Tensor, ...]:
-        """y, and with `train` the gradients."""
-        with torch.set_grad_enabled(train):
-            y = call(*leaves)
-        return (y, *torch.autograd.grad(y, leaves, dy)) if train else (y,)
-
-    ours = partial(hk.hyper_conv2d, padding=1)
-    contestants: Contestants = {} if per_image else {"nn.Conv2d": lambda: run(dense, leaves[:1])}
-    formed = "grouped conv" if per_image else "materialise"
-    contestants |= {formed: lambda: run(materialised, leaves), OURS: lambda: run(ours, leaves)}
-
-    def check() -> None:
-        few = [v[:2] if v.shape[0] == B else v for v in leaves[:2]] + leaves[2:]
-        exact = [v.detach().double() for v in few]
-        weight = hk.generate_weight(exact[1], exact[2], (channels, channels, 3, 3))
-        weights = weight if per_image else [weight, weight]
-        wanted = torch.cat([F.conv2d(x[None], w, padding=1) for x, w in zip(exact[0], weights)])
-        eager = torch.cat([F.conv2d(x[None], w.float(), padding=1) for x, w in zip(few[0], weights)])
-        assert_no_worse_than_eager("y", ours(*few), eager, wanted)
-
-    what = "forward and backward" if train else "forward"
-    whose = f"{B} contexts of one image" if per_image else f"B={B}"
-    name = f"{what}, 3x3 convolution, {channels} channels, {size}x{size}, chunks {rows}x{cols}, m={m}, {whose}"
-    return Case(name, contestants, check, faster or {}, smaller or {})
-
-
 LARGE, SMALL = ((4096, 4096), (16, 256), 32), ((1024, 1024), (16, 64), 32)
-BLOCK = (256, 14)  # channels and size of ResNet's third stage
 CPU_CASES: dict[str, Callable[[], Case]] = {
     "decode": lambda: linear(*LARGE, B=1, faster={"nn.Linear": 8}),
     "forward_16": lambda: linear(*LARGE, B=16, faster={"nn.Linear": 12}),
@@ -304,10 +249,4 @@ CPU_CASES: dict[str, Callable[[], Case]] = {
     "contexts_64": lambda: contexts(64, {"hypnettorch": 150}),
     "contexts_256": lambda: contexts(256, {"torch backend": 3}),
     "contexts_256_tanh": lambda: contexts(256, {}, "tanh"),
-    "conv": lambda: convolution(*BLOCK, (4, 256), 16, 32, faster={"nn.Conv2d": 3}),
-    "conv_train": lambda: convolution(*BLOCK, (4, 256), 16, 32, train=True),
-    "conv_fine_chunks": lambda: convolution(*BLOCK, (16, 16), 64, 32, faster={"nn.Conv2d": 1 / 1.1}),
-    "conv_contexts": lambda: convolution(
-        *BLOCK, (4, 256), 16, 32, per_image=True, faster={"grouped conv": 30}, smaller={"grouped conv": 20}
-    ),
 }

@@ -18,6 +18,8 @@ COLORS = {
     "hypnettorch": "#e69f00",
     "nn.Conv2d": "0.35",
     "grouped conv": "#d55e00",
+    "dense": "0.35",
+    "dense, channels_last": "0.6",
     "materialise": "#d55e00",
     "einsum": "#56b4e9",
     "torch backend": "#009e73",
@@ -49,7 +51,8 @@ def roof(case: dict[str, Any], results: dict[str, Any]) -> tuple[float, str]:
 
 def usual(case: dict[str, Any]) -> str:
     """The baseline that the case is about."""
-    return next(name for name in ("hypnettorch", "nn.Linear", "nn.Conv2d", "grouped conv") if name in case["times"])
+    usual = ("hypnettorch", "nn.Linear", "nn.Conv2d", "grouped conv", "dense, channels_last")
+    return next(name for name in usual if name in case["times"])
 
 
 def verdicts(case: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -126,7 +129,7 @@ def details(results: dict[str, Any]) -> str:
         lines.append(case["case"])
         for name, times in case.get("times", {}).items():
             quantiles = "  ".join(f"{q} {times[f'{q}_ms']:8.3f}" for q in ("p20", "p50", "p80"))
-            row = f"  {name:13} {quantiles} ms  {case['peak_mib'][name]:7.1f} MiB"
+            row = f"  {name:20} {quantiles} ms  {case['peak_mib'][name]:7.1f} MiB"
             if name == engine(case):
                 least, of = roof(case, results)
                 row += f"  {case['flops'] / times['p50_ms'] / 1e6:5.0f} GFLOP/s, {least / times['p50_ms']:.0%} of {of}"

@@ -14,19 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CPU_CASES, OURS
+from conv_cases import CONV_CASES
 from measure import Quantiles, timed, warm
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperkernels.testing import peak_bytes
 
 ROUNDS = 15
+CASES = CPU_CASES | CONV_CASES
 
 
-@pytest.mark.parametrize("name", CPU_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_case(benchmark, name):
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    case = CPU_CASES[name]()
+    case = CASES[name]()
     case.check()
     seconds: dict[str, list[float]] = {baseline: [] for baseline in case.contestants if baseline != OURS}
     ours = case.contestants[OURS]

@@ -52,7 +52,7 @@ class ConvForm(NamedTuple):
 
     @property
     def pointwise(self) -> bool:
-        """Whether it is a linear layer at each position, of images whose channels lie side by side: rows as they are."""
+        """Whether it is a linear layer at each position, of images whose channels lie side by side."""
         window = self.call.window
         assert window is not None
         alone = not self.transposed and self.groups == 1 and self.format != torch.contiguous_format

@@ -185,10 +185,20 @@ def _addmm(input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha
     return product if product is NotImplemented else input + product
 
 
+def _parts(weight: Any) -> list[Tensor]:
+    hidden, bias = weight.hidden, weight.settings["head_bias"]
+    parts = [hidden.context, hidden.chunks] if isinstance(hidden, AdditiveHidden) else [hidden]
+    return [*parts, weight.head, *([] if bias is None else [bias])]
+
+
 def _requires_grad(weight: Any) -> bool:
-    hidden = weight.hidden
-    parts = (hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden,)
-    return any(v is not None and v.requires_grad for v in (*parts, weight.head, weight.settings["head_bias"]))
+    return any(part.requires_grad for part in _parts(weight))
+
+
+def _learns(weight: Any) -> Tensor:
+    """The part whose gradient stands for that of W: whoever hooks the one hears of the other."""
+    parts = _parts(weight)
+    return next((part for part in parts if part.grad_fn is not None), parts[0])
 
 
 def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,6 +221,8 @@ GENERATED: dict[Any, Callable[..., Any]] = {
     F.conv3d: _convolution(hyper_conv3d, CONVOLUTION),
     F.conv_transpose2d: _convolution(hyper_conv_transpose2d, "stride padding output_padding groups dilation"),
     Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__: lambda weight: _learns(weight).grad_fn,  # type: ignore[attr-defined]
+    Tensor.register_hook: lambda weight, hook: _learns(weight).register_hook(hook),
     Tensor.is_leaf.__get__: lambda weight: not _requires_grad(weight),  # type: ignore[attr-defined]
     Tensor.T.__get__: _transposed,  # type: ignore[attr-defined]
     Tensor.t: _transposed,

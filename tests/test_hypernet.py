@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import hyperkernels as hk
 from hyperkernels.testing import error, peak_bytes
@@ -129,6 +130,13 @@ def test_no_weight_is_formed_for_any_context():
     peak = {n: peak_bytes(lambda n=n: hyper.hypernet(z[:n])) for n in (1, 64)}
     assert peak[64] - peak[1] < 64 * one / 20
     assert hyper(x, context=z).shape == (64, 7)
+
+
+def test_flops_are_counted_through_a_model():
+    hyper, x, z = hyper_model(), torch.randn(2, 3, 14, 14).double(), torch.randn(2, 5).double()
+    with FlopCounterMode(display=False) as counter:
+        hyper(x, context=z).sum().backward()
+    assert counter.get_total_flops() > 0
 
 
 BAD = {
