@@ -68,6 +68,8 @@ class HyperNet(nn.Module):
         `hypernet(context=None, context_ids=None)`: `{name: GeneratedWeight}`. The context is the argument, else the
         ambient `hyperkernels.context(z)`; z `[G, context_features]` generates G weights for each target.
 
+    Its attributes `order` and `backend` are those of `hyper_linear`, for all targets.
+
     Memory: hidden for all chunks; of a conditional `TrunkLayer`, what contexts and chunks have apart.
 
     Raises:
@@ -120,6 +122,8 @@ class HyperNet(nn.Module):
             name: _target(name, shape, groups, chunk, width, init, variance) for name, (shape, groups) in shapes.items()
         }
         self.width, self.context_features = width, context_features
+        self.order: str | None = None
+        self.backend: str | None = None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if trunk is None:
             trunk = TrunkLayer(width, features, context_features=context_features, **factory)
@@ -175,6 +179,8 @@ class HyperNet(nn.Module):
                 target.shape,
                 head_bias=target.scale * self._view(self.head_biases, name, 0) if len(self.head_biases) else None,
                 context_ids=ids,
+                order=self.order,
+                backend=self.backend,
             )
             for (name, target), part in zip(self.targets.items(), _split(hidden, counts))
         }

@@ -1,0 +1,141 @@
+"""What `algebra` tells of weights, against the weights formed, in fp64."""
+
+import copy
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import hyperkernels as hk
+from hyperkernels import algebra
+from hyperkernels.testing import peak_bytes
+from hyperkernels.weight import form
+
+SHAPES = {"whole": (12, 10), "cropped": (11, 13), "one_chunk": (3, 4), "kernel": (7, 9, 2, 3), "bias": (6,)}
+FORMS = ("shared", "contexts", "additive", "per_chunk_heads", "head_bias", "head_bias_per_chunk")
+
+
+def make(shape, form, contexts=3, m=3):
+    N, K, *kernel = shape if len(shape) > 1 else (*shape, 1)
+    rows, cols = 4, min(5, K)
+    I, J = -(-N // rows), -(-K // cols)
+
+    def draw(*size):
+        return torch.randn(size, dtype=torch.float64)
+
+    per_chunk = (I * J,) if form == "per_chunk_heads" else ()
+    hidden = draw(*(() if form == "shared" else (contexts,)), I, J, m)
+    if form == "additive":
+        hidden = hk.AdditiveHidden(draw(contexts, m), draw(I, J, m), "tanh")
+    bias = {"head_bias": (), "head_bias_per_chunk": (I * J,)}.get(form)
+    return hk.GeneratedWeight(
+        hidden,
+        draw(*per_chunk, m, rows, cols, *kernel),
+        shape,
+        head_bias=None if bias is None else draw(*bias, rows, cols, *kernel),
+    )
+
+
+def flat(weight):
+    formed = form(weight)
+    return formed.reshape(formed.shape[0] if formed.dim() > weight.dim() else 1, -1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equal_to_what_the_weights_formed_give(shape, form):
+    a, b = make(shape, form), make(shape, form)
+    w, v = flat(a), flat(b)
+    one = form == "shared"
+    torch.testing.assert_close(algebra.gram(a, b), w @ v.T)
+    torch.testing.assert_close(algebra.gram(a), w @ w.T)
+    inner = (w * v).sum(1)
+    wanted = {
+        "inner": inner,
+        "distance": (w - v).norm(dim=1),
+        "squared_distance": (w - v).square().sum(1),
+        "cosine": inner / w.norm(dim=1) / v.norm(dim=1),
+    }
+    for name, value in wanted.items():
+        torch.testing.assert_close(getattr(algebra, name)(a, b), value[0] if one else value)
+    torch.testing.assert_close(algebra.norm(a), w.norm(dim=1)[0] if one else w.norm(dim=1))
+    matrices = w.reshape(len(w), shape[0], -1)
+    spectral = torch.linalg.matrix_norm(matrices, 2)
+    torch.testing.assert_close(algebra.spectral_norm(a, 400), spectral[0] if one else spectral, rtol=1e-6, atol=0)
+
+
+def test_one_context_beside_many_and_heads_of_another_width():
+    a, b = make((11, 13), "contexts"), make((11, 13), "shared", m=5)
+    w, v = flat(a), flat(b)
+    torch.testing.assert_close(algebra.inner(a, b), (w * v).sum(1))
+    torch.testing.assert_close(algebra.distance(a, b), (w - v).norm(dim=1))
+
+
+def test_near_weights_lose_no_digits():
+    """In fp32, where a difference of squares would leave nothing of 1e-5."""
+    a = make((40, 50), "contexts")
+    hidden, head = a.hidden.float(), a.head.float()
+    moved = [v + 1e-5 * torch.randn_like(v) for v in (hidden, head)]
+    got = algebra.distance(hk.GeneratedWeight(*moved, (40, 50)), hk.GeneratedWeight(hidden, head, (40, 50)))
+    w, v = (hk.generate_weight(*(v.double() for v in pair), (40, 50)) for pair in (moved, (hidden, head)))
+    torch.testing.assert_close(got.double(), (w - v).flatten(1).norm(dim=1), rtol=1e-4, atol=0)
+
+
+def test_differentiable():
+    I, J, m = 3, 3, 2
+    hidden = torch.randn(2, I, J, m, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(m, 4, 5, dtype=torch.float64, requires_grad=True)
+    other = make((11, 13), "contexts", contexts=2)
+
+    def run(hidden, head):
+        weight = hk.GeneratedWeight(hidden, head, (11, 13))
+        return algebra.norm(weight), algebra.squared_distance(weight, other), algebra.gram(weight)
+
+    assert gradcheck(run, (hidden, head))
+    spectral = algebra.spectral_norm(hk.GeneratedWeight(hidden, head, (11, 13)), 400)
+    grads = torch.autograd.grad(spectral.sum(), (hidden, head))
+    formed = hk.generate_weight(hidden, head, (11, 13))
+    wanted = torch.autograd.grad(torch.linalg.matrix_norm(formed, 2).sum(), (hidden, head))
+    for got, want in zip(grads, wanted):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_the_output_regularizer_is_the_one_of_weights_formed():
+    shapes = {"a": (30, 20), "b": (30,), "c": (8, 6, 3, 3)}
+    net = hk.HyperNet(shapes, context_features=4, width=5, head_bias=True).double()
+    tasks = torch.randn(6, 4, dtype=torch.float64)
+    before = copy.deepcopy(net).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    weights, earlier = net(tasks), before(tasks)
+    got = algebra.output_regularizer(weights, earlier)
+    wanted = sum((flat(weights[n]) - flat(earlier[n])).square().sum(1) for n in weights).mean()
+    torch.testing.assert_close(got, wanted)
+    parameters = list(net.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(v, parameters, retain_graph=True) for v in (got, wanted))):
+        torch.testing.assert_close(ours, theirs)
+    total = sum(flat(w).square().sum(1) for w in weights.values()).sqrt()
+    torch.testing.assert_close(algebra.total_norm(weights), total)
+
+
+def test_no_weight_is_formed():
+    weight = hk.GeneratedWeight(torch.randn(8, 30, 25, 8), torch.randn(8, 40, 40), (1190, 990))
+    size = 8 * 1190 * 990 * 4
+    for run in (algebra.norm, algebra.gram, lambda w: algebra.distance(w, w), algebra.spectral_norm):
+        assert peak_bytes(lambda run=run: run(weight)) < size / 10
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "match"),
+    [
+        (lambda a, b: algebra.inner(a, torch.ones(11, 13)), TypeError, "b: got Tensor"),
+        (lambda a, b: algebra.gram(a, make((12, 10), "shared")), ValueError, "b: got chunks"),
+        (lambda a, b: algebra.inner(a, make((11, 13), "contexts", contexts=2)), ValueError, "b: got 2 contexts"),
+        (lambda a, b: algebra.spectral_norm(a, 0), ValueError, "iterations"),
+        (lambda a, b: algebra.output_regularizer({"w": a}, {"v": b}), ValueError, "earlier"),
+    ],
+)
+def test_what_does_not_fit_is_refused(run, error, match):
+    with pytest.raises(error, match=match):
+        run(make((11, 13), "contexts"), make((11, 13), "contexts"))
