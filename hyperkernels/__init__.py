@@ -3,6 +3,7 @@
 from hyperkernels import algebra, nn
 from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d, hyper_conv_transpose2d
 from hyperkernels.explaining import Explanation, explain
+from hyperkernels.flat import FlatWeight
 from hyperkernels.flops import register_flops
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
@@ -27,6 +28,7 @@ register_flops()
 __all__ = [
     "AdditiveHidden",
     "Explanation",
+    "FlatWeight",
     "GeneratedWeight",
     "HyperConfig",
     "HyperConv1d",

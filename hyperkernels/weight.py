@@ -19,7 +19,43 @@ from hyperkernels.hidden import AdditiveHidden
 _warned: set[str] = set()
 
 
-class GeneratedWeight(Tensor):
+class AbsentWeight(Tensor):
+    """A tensor of a weight's shape, dtype and device that holds none of its numbers. `FUNCTIONS[kind]` says what torch
+    asks of it and who answers; whatever is not there has the weight formed, and warns."""
+
+    hidden: Tensor | AdditiveHidden
+    head: Tensor
+    contexts: int
+    settings: dict[str, Any]
+
+    def __init__(self, *_arguments: Any, **_settings: Any) -> None:
+        """`__new__` has done it, as for every tensor."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for answers in (FUNCTIONS[cls], TOLD):
+            if function in answers:
+                found = answers[function](*args, **kwargs)
+                if found is not NotImplemented:
+                    return found
+        if function not in AS_IT_IS:
+            name = _name(function)
+            args, kwargs = pytree.tree_map_only(AbsentWeight, lambda weight: _formed_for(name, weight), (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        parts = f"hidden={list(self.hidden.shape)}, head={list(self.head.shape)}"
+        return f"{type(self).__name__}(shape={list(shape_of(self))}, {parts})"
+
+
+def absent(cls: Any, like: Tensor, shape: tuple[int, ...]) -> Any:
+    """One number in memory: whoever reads the weight past its functions sees at once that it is not there."""
+    return like.detach().new_full((1,), float("nan")).expand(shape).as_subclass(cls)
+
+
+class GeneratedWeight(AbsentWeight):
     """`W[g, i*rows+r, j*cols+q, *s] = sum_k hidden[g,i,j,k] head[k,r,q,*s] (+ head_bias)`: a tensor of W's shape, dtype
     and device that holds none of its numbers.
 
@@ -48,10 +84,6 @@ class GeneratedWeight(Tensor):
         torch.Size([9, 8])
     """
 
-    hidden: Tensor | AdditiveHidden
-    head: Tensor
-    settings: dict[str, Any]
-
     @staticmethod
     def __new__(
         cls,
@@ -68,31 +100,11 @@ class GeneratedWeight(Tensor):
         shape = tuple(shape)
         grid = grid_of_weight(hidden, head, _matrix(shape))
         check_head_bias(head_bias, grid, head, shape[2:])
-        # one number in memory: whoever reads W past these functions sees at once that it is not there
-        weight = head.detach().new_full((1,), float("nan")).expand(shape).as_subclass(cls)
+        weight = absent(cls, head, shape)
         weight.hidden, weight.head = hidden, head
+        weight.contexts = hidden.shape[0] if len(hidden.shape) == 4 else 1
         weight.settings = {"head_bias": head_bias, "context_ids": context_ids, "order": order, "backend": backend}
         return weight
-
-    def __init__(self, *_arguments: Any, **_settings: Any) -> None:
-        """`__new__` has done it, as for every tensor."""
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in GENERATED:
-            found = GENERATED[function](*args, **kwargs)
-            if found is not NotImplemented:
-                return found
-        if function not in TOLD:
-            name = _name(function)
-            args, kwargs = pytree.tree_map_only(cls, lambda weight: _formed_for(name, weight), (args, kwargs))
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **kwargs)
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        hidden, head = list(self.hidden.shape), list(self.head.shape)
-        return f"GeneratedWeight(shape={list(_shape(self))}, hidden={hidden}, head={head})"
 
 
 def _name(function: Any) -> str:
@@ -101,15 +113,19 @@ def _name(function: Any) -> str:
     return getattr(owner if function.__name__ == "__get__" else function, "__name__", str(function))
 
 
-def form(weight: GeneratedWeight) -> Tensor:
+def form(weight: AbsentWeight) -> Tensor:
     """W itself, `[*shape]`, or of more contexts than one `[G, *shape]`."""
-    shape, contexts = _shape(weight), _contexts(weight)
+    return FORM[type(weight)](weight)
+
+
+def _form(weight: AbsentWeight) -> Tensor:
+    shape, contexts = shape_of(weight), weight.contexts
     formed = generate_weight(weight.hidden, weight.head, _matrix(shape), head_bias=weight.settings["head_bias"])
     return formed.reshape(shape if contexts == 1 else (contexts, *shape))
 
 
-def _formed_for(name: str, weight: GeneratedWeight) -> Tensor:
-    contexts, shape = _contexts(weight), _shape(weight)
+def _formed_for(name: str, weight: AbsentWeight) -> Tensor:
+    contexts, shape = weight.contexts, shape_of(weight)
     if contexts > 1:
         raise RuntimeError(f"{name}: got a generated weight of {contexts} contexts, wanted one: W is not one tensor")
     if name not in _warned and len(shape) > 1:
@@ -118,11 +134,7 @@ def _formed_for(name: str, weight: GeneratedWeight) -> Tensor:
     return form(weight)
 
 
-def _contexts(weight: GeneratedWeight) -> int:
-    return weight.hidden.shape[0] if len(weight.hidden.shape) == 4 else 1
-
-
-def _shape(weight: Tensor) -> tuple[int, ...]:
+def shape_of(weight: Tensor) -> tuple[int, ...]:
     with torch._C.DisableTorchFunctionSubclass():
         return tuple(weight.shape)
 
@@ -131,34 +143,34 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape, 1) if len(shape) == 1 else shape
 
 
-def _bias(bias: Tensor | None) -> Tensor | None:
-    return form(bias) if isinstance(bias, GeneratedWeight) else bias
+def formed_bias(bias: Tensor | None) -> Tensor | None:
+    return form(bias) if isinstance(bias, AbsentWeight) else bias
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if isinstance(input, GeneratedWeight) or not isinstance(weight, GeneratedWeight):
+    if isinstance(input, AbsentWeight) or not isinstance(weight, GeneratedWeight):
         return NotImplemented
-    N = _shape(weight)[0]
-    return hyper_linear(input, weight.hidden, weight.head, out_features=N, bias=_bias(bias), **weight.settings)
+    N = shape_of(weight)[0]
+    return hyper_linear(input, weight.hidden, weight.head, out_features=N, bias=formed_bias(bias), **weight.settings)
 
 
 def _convolution(function: Callable[..., Tensor], names: str) -> Callable[..., Any]:
     """torch's function of `(input, weight, bias, *settings)`, the settings by `names`, as `function`."""
 
     def run(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any, **named: Any) -> Any:
-        if isinstance(input, GeneratedWeight) or not isinstance(weight, GeneratedWeight):
+        if isinstance(input, AbsentWeight) or not isinstance(weight, GeneratedWeight):
             return NotImplemented
         settings = weight.settings | dict(zip(names.split(), given)) | named
-        N, K = _shape(weight)[:2]
+        N, K = shape_of(weight)[:2]
         channels = K * settings.get("groups", 1) if function is hyper_conv_transpose2d else N
-        return function(input, weight.hidden, weight.head, out_channels=channels, bias=_bias(bias), **settings)
+        return function(input, weight.hidden, weight.head, out_channels=channels, bias=formed_bias(bias), **settings)
 
     return run
 
 
 def _transposed(weight: Any) -> Any:
     bias = weight.settings["head_bias"]
-    if len(_shape(weight)) != 2 or weight.head.dim() == 4 or (bias is not None and bias.dim() == 3):
+    if len(shape_of(weight)) != 2 or weight.head.dim() == 4 or (bias is not None and bias.dim() == 3):
         return NotImplemented  # one head for each chunk: they lie in the chunks' order
     hidden = weight.hidden
     if isinstance(hidden, AdditiveHidden):
@@ -166,7 +178,7 @@ def _transposed(weight: Any) -> Any:
     else:
         hidden = hidden.transpose(-3, -2)
     settings = weight.settings | {"head_bias": None if bias is None else bias.T}
-    return GeneratedWeight(hidden, weight.head.transpose(-2, -1), _shape(weight)[::-1], **settings)
+    return GeneratedWeight(hidden, weight.head.transpose(-2, -1), shape_of(weight)[::-1], **settings)
 
 
 def _matmul(left: Tensor, right: Tensor) -> Any:
@@ -183,6 +195,10 @@ def _addmm(input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha
         return NotImplemented
     product = _matmul(left, right)
     return product if product is NotImplemented else input + product
+
+
+def _getter(name: str) -> Any:
+    return getattr(Tensor, name).__get__
 
 
 def _parts(weight: Any) -> list[Tensor]:
@@ -210,7 +226,7 @@ def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = weight.hidden.to(*args, **kwargs)
     bias = weight.settings["head_bias"]
     settings = weight.settings | {"head_bias": None if bias is None else bias.to(*args, **kwargs)}
-    return GeneratedWeight(hidden, weight.head.to(*args, **kwargs), _shape(weight), **settings)
+    return GeneratedWeight(hidden, weight.head.to(*args, **kwargs), shape_of(weight), **settings)
 
 
 CONVOLUTION = "stride padding dilation groups"
@@ -220,21 +236,23 @@ GENERATED: dict[Any, Callable[..., Any]] = {
     F.conv2d: _convolution(hyper_conv2d, CONVOLUTION),
     F.conv3d: _convolution(hyper_conv3d, CONVOLUTION),
     F.conv_transpose2d: _convolution(hyper_conv_transpose2d, "stride padding output_padding groups dilation"),
-    Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__: lambda weight: _learns(weight).grad_fn,  # type: ignore[attr-defined]
-    Tensor.register_hook: lambda weight, hook: _learns(weight).register_hook(hook),
-    Tensor.is_leaf.__get__: lambda weight: not _requires_grad(weight),  # type: ignore[attr-defined]
-    Tensor.T.__get__: _transposed,  # type: ignore[attr-defined]
-    Tensor.t: _transposed,
-    torch.t: _transposed,
+    **dict.fromkeys((_getter("T"), Tensor.t, torch.t), _transposed),
     Tensor.to: _to,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     Tensor.__rmatmul__: lambda right, left: _matmul(left, right),
     torch.addmm: _addmm,
 }
-TOLD = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
+TOLD: dict[Any, Callable[..., Any]] = {
+    _getter("requires_grad"): _requires_grad,
+    _getter("is_leaf"): lambda weight: not _requires_grad(weight),
+    _getter("grad_fn"): lambda weight: _learns(weight).grad_fn,
+    Tensor.register_hook: lambda weight, hook: _learns(weight).register_hook(hook),
+}
+AS_IT_IS = {
+    *(_getter(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size", "__len__")),
     torch.is_floating_point,
     torch.numel,
 }
+FUNCTIONS: dict[type, dict[Any, Callable[..., Any]]] = {GeneratedWeight: GENERATED}
+FORM: dict[type, Callable[[Any], Tensor]] = {GeneratedWeight: _form}

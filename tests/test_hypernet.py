@@ -1,5 +1,7 @@
 """`HyperNet`, `HyperModel`, and the counts that were published."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,12 @@ SETTINGS = {
     "shared_numbers": {"chunk": 64},
     "shape": {"heads": "shape", "chunk": (4, 4), "head_bias": True},
     "layer": {"heads": "layer"},
+    "once": {"strategy": "once"},
+    "multi_head": {"strategy": "multi_head", "chunk": (4, 4), "head_bias": True},
+    "neuron": {"strategy": "component"},
+    "input_channel": {"strategy": "component", "component": "column"},
+    "whole_layer": {"strategy": "component", "component": "layer", "head_bias": True},
+    "biases": {"biases": True, "chunk": (6, 8)},
 }
 
 
@@ -70,6 +78,24 @@ def test_every_parameter_of_a_hypernet_learns(settings):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for _, p in hyper.named_parameters())
 
 
+def test_a_flat_vector_is_cut_where_it_falls():
+    """Chunks straddle rows and tensors, and the tail of the last is left."""
+    shapes = {"a": (5, 6), "a_bias": (5,), "b": (4, 5)}
+    net = hk.HyperNet(shapes, width=3, layout="flat", chunk=7, head_bias=True, context_features=2).double()
+    nn.init.normal_(net.head_biases[0])
+    assert net.embedding.shape == (8, 3)  # 55 weights
+    z, x = torch.randn(4, 2).double(), torch.randn(4, 9, 6).double()
+    weights = net(z)
+    hidden = net.trunk(net.embedding, z).materialize()[:, :, 0]
+    vector = (hidden @ net.heads[0] + net.head_biases[0]).flatten(1)
+    stretches = vector[:, :55].split([30, 5, 20], 1)
+    for (name, target), stretch in zip(net.targets.items(), stretches):
+        torch.testing.assert_close(form(weights[name]), target.scale * stretch.view(4, *target.shape))
+    got = F.linear(F.linear(x, weights["a"], weights["a_bias"]).relu(), weights["b"])
+    a, bias, b = (form(weight) for weight in weights.values())
+    torch.testing.assert_close(got, (x @ a.mT + bias[:, None]).relu() @ b.mT)
+
+
 def test_heads_are_shared_as_said():
     heads = {key: hyper_model(**SETTINGS[key]).hypernet.heads for key in ("shared", "shared_numbers", "shape", "layer")}
     assert [len(v) for v in heads.values()] == [1, 1, 4, 4]
@@ -88,6 +114,50 @@ def test_each_target_has_the_variance_of_its_own_fan(init):
         assert 0.9 < torch.stack(moments).mean() * fan / 2 < 1.1, name
 
 
+def second_moments(shapes, **settings):
+    nets = [hk.HyperNet(shapes, width=16, chunk=(16, 16), **settings) for _ in range(48)]
+    made = [net() for net in nets]
+    return {name: torch.stack([form(w[name]).square().mean() for w in made]).mean().item() for name in shapes}
+
+
+def test_a_generated_bias_takes_its_half_of_the_variance():
+    found = second_moments({"fc.weight": (128, 64), "fc.bias": (128,), "out.weight": (32, 128)})
+    assert found == pytest.approx({"fc.weight": 1 / 64, "fc.bias": 1, "out.weight": 2 / 128}, rel=0.15)
+    found = second_moments({"fc.weight": (128, 64), "fc.bias": (128,)}, init="fan_out", nonlinearity="linear")
+    assert found == pytest.approx({"fc.weight": 1 / 128, "fc.bias": 0.5}, rel=0.15)
+
+
+class Deep(nn.Module):
+    """Ten layers of different widths, and the second moment after each."""
+
+    def __init__(self, widths=(256, 64, 512, 64, 256, 128, 512, 64, 128, 512, 256)):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths))
+
+    def forward(self, x):
+        moments = []
+        for layer in self.layers:
+            x = F.relu(layer(x))
+            moments.append(x.square().mean())
+        return torch.stack(moments)
+
+
+def test_activations_keep_their_size_through_ten_layers_as_they_do_not_by_torchs_start():
+    x, found = torch.randn(64, 256), {"ours": [], "torch's": []}
+    for _ in range(16):
+        hyper = hk.HyperModel(Deep(), hk.HyperNet(Deep(), width=32))
+        found["ours"].append(hyper(x).detach())
+        for parameter in [*hyper.hypernet.heads, hyper.hypernet.embedding]:  # as nn.Linear and nn.Embedding start
+            bound = len(parameter) ** -0.5
+            nn.init.uniform_(parameter, -bound, bound) if parameter.shape[0] == 32 else nn.init.normal_(parameter)
+        hyper.hypernet.targets = {n: t._replace(scale=1.0) for n, t in hyper.hypernet.targets.items()}
+        found["torch's"].append(hyper(x).detach())
+    ours, torchs = (torch.stack(moments).mean(0) for moments in found.values())
+    assert ours.min() > 0.3
+    assert ours.max() < 3
+    assert torchs[-1] > 1e6 or torchs[-1] < 1e-6
+
+
 class Attention(nn.Module):
     """A trunk in which chunks see each other, and the context."""
 
@@ -100,13 +170,66 @@ class Attention(nn.Module):
         return self.layer(embedding + self.context(context)[:, None])
 
 
-def test_any_module_is_a_trunk():
+TRUNKS = {
+    "mlp": hk.nn.MLPTrunk((16, 8), 8, context_features=5, dropout=0.1),
+    "cnn": hk.nn.CNNTrunk(8, 8, context_features=5),
+    "rnn": hk.nn.RNNTrunk(8, 8, context_features=5),
+    "attention": hk.nn.AttentionTrunk(8, 8, context_features=5),
+    "the user's": Attention(8, 5),
+}
+
+
+@pytest.mark.parametrize("trunk", TRUNKS.values(), ids=TRUNKS)
+def test_any_module_is_a_trunk(trunk):
     model = Model()
-    net = hk.HyperNet(model, context_features=5, width=8, chunk=(8, 8), trunk=Attention(8, 5))
+    net = hk.HyperNet(model, context_features=5, width=8, chunk=(8, 8), trunk=trunk)
     y = hk.HyperModel(model, net)(torch.randn(3, 3, 14, 14), context=torch.randn(3, 5))
     y.sum().backward()
     assert y.shape == (3, 7)
     assert all(p.grad is not None for p in net.trunk.parameters())
+
+
+def test_a_trunk_without_context_is_static():
+    for kind in (hk.nn.CNNTrunk, hk.nn.RNNTrunk, hk.nn.AttentionTrunk):
+        net = hk.HyperNet({"weight": (12, 10)}, width=8, chunk=(4, 5), trunk=kind(8, 8))
+        assert F.linear(torch.randn(3, 10), net()["weight"]).shape == (3, 12)
+
+
+def test_tasks_data_and_noise_condition_it():
+    shapes, x = {"weight": (6, 10)}, torch.randn(4, 3, 10)
+    by_task = hk.HyperNet(shapes, context_features=5, encoder=hk.nn.Tasks(7, 5))
+    one, two = (F.linear(x, by_task(torch.tensor(ids))["weight"]) for ids in ([3, 3, 0, 6], [3, 1, 2, 6]))
+    torch.testing.assert_close(one[[0, 3]], two[[0, 3]])
+    assert not torch.allclose(one[1], two[1])
+    by_data = hk.HyperNet(shapes, context_features=5, encoder=nn.Sequential(nn.Flatten(), nn.Linear(30, 5)))
+    F.linear(x, by_data(x)["weight"]).sum().backward()
+    assert by_data.encoder[1].weight.grad.abs().sum() > 0
+    by_noise = hk.HyperNet(shapes, context_features=5, encoder=hk.nn.Noise(5))
+    members = F.linear(x[:1].expand(9, 3, 10), by_noise(9)["weight"])
+    assert members.std(0).min() > 0
+    sample = torch.randn(9, 5)
+    assert torch.equal(form(by_noise(sample)["weight"]), form(by_noise(sample)["weight"]))
+
+
+def test_targets_may_differ_from_call_to_call():
+    shapes = {"0.weight": (12, 10), "2.weight": (5, 12)}
+    net = hk.HyperNet(shapes, context_features=3, width=8, chunk=(4, 4), descriptors=True)
+    z = torch.randn(2, 3)
+    for widths in ((10, 12, 5), (10, 30, 7, 5), (6, 9, 9, 9, 2)):
+        layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+        model = nn.Sequential(*itertools.chain(*((layer, nn.ReLU()) for layer in layers)))
+        weights = net(z, targets=model)
+        assert [tuple(w.shape) for w in weights.values()] == [(b, a) for a, b in itertools.pairwise(widths)]
+        y = torch.func.functional_call(model, weights, torch.randn(2, 7, widths[0]))
+        y.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    same = [form(w) for w in net(z, targets=shapes).values()]
+    for got, wanted in zip(same, net(z).values()):
+        torch.testing.assert_close(got, form(wanted))
+    with pytest.raises(ValueError, match="targets: got a chunk of 400 numbers in 'kernel'"):
+        net(z, targets={"kernel": (4, 4, 5, 5)})
+    with pytest.raises(ValueError, match="descriptors=True"):
+        hk.HyperNet(shapes)(targets=shapes)
 
 
 def test_a_bias_is_a_target_like_another():
@@ -140,6 +263,12 @@ def test_flops_are_counted_through_a_model():
 
 
 BAD = {
+    "strategy": ({"strategy": "all"}, ValueError, "strategy"),
+    "component": ({"component": "filter"}, ValueError, "component"),
+    "layout": ({"layout": "flat"}, ValueError, "layout"),
+    "layout and strategy": ({"layout": "flat", "chunk": 4, "strategy": "once"}, ValueError, "layout"),
+    "encoder": ({"encoder": hk.nn.Tasks(3, 4)}, ValueError, "encoder"),
+    "an encoder that is none": ({"encoder": 3, "context_features": 3}, TypeError, "encoder"),
     "no targets": ({"targets": {}}, ValueError, "targets"),
     "no shape": ({"targets": {"a": (3, 0)}}, ValueError, "'a'"),
     "six dimensions": ({"targets": {"a": (2,) * 6}}, ValueError, "'a'"),
@@ -162,6 +291,22 @@ def test_a_hypernet_that_cannot_be_is_refused(settings, error, match):
         hk.HyperNet(**({"targets": {"weight": (8, 6)}, "width": 8} | settings))
 
 
+def test_tasks_and_noise_that_are_none_are_refused():
+    tasks, noise = hk.nn.Tasks(3, 4), hk.nn.Noise(4)
+    for given, kind, match in (
+        (torch.tensor([0, 3]), ValueError, r"task: got \[0, 3\], wanted 0 to 2"),
+        (torch.tensor([-1]), ValueError, "task"),
+        (torch.tensor([0.5]), TypeError, "task"),
+        ("first", TypeError, "task"),
+    ):
+        with pytest.raises(kind, match=match):
+            tasks(given)
+    with pytest.raises(ValueError, match=r"sample: got shape \[2, 5\], wanted \[G, 4\]"):
+        noise(torch.randn(2, 5))
+    with pytest.raises(ValueError, match="count"):
+        noise(0)
+
+
 def test_a_model_that_does_not_fit_is_refused_and_left_as_it_was():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     for targets in ({"0.weight": (3, 4), "1.weight": (2, 4)}, {"0.weight": (3, 4), "2.weight": (2, 3)}):
@@ -175,72 +320,3 @@ def test_a_model_that_does_not_fit_is_refused_and_left_as_it_was():
         hyper.to_dense(torch.randn(2, 3))
     with pytest.raises(ValueError, match="context"):
         hk.HyperNet({"weight": (8, 6)})(torch.randn(2, 3))
-
-
-class WideResNet(nn.Module):
-    """WRN depth-1 of Zagoruyko and Komodakis 2016 for 32x32 images in ten classes."""
-
-    def __init__(self, depth=40, widths=(16, 32, 64)):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        blocks, channels = [], 16
-        for stage, width in enumerate(widths):
-            for block in range((depth - 4) // 6):
-                blocks.append(Block(channels, width, 2 if stage and not block else 1))
-                channels = width
-        self.blocks, self.norm, self.out = nn.Sequential(*blocks), nn.BatchNorm2d(channels), nn.Linear(channels, 10)
-
-    def forward(self, x):
-        return self.out(F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3)))
-
-
-class Block(nn.Module):
-    def __init__(self, channels, width, stride):
-        super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(width)
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False) if channels != width else None
-
-    def forward(self, x):
-        out = F.relu(self.norm1(x))
-        kept = x if self.shortcut is None else self.shortcut(out)
-        return kept + self.conv2(F.relu(self.norm2(self.conv1(out))))
-
-
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def ha_net(targets, *, columns=16, width=64, **settings):
-    """Kernels in chunks of 16 x 16, each from one z, as Ha et al. generate them."""
-    trunk = hk.nn.ColumnTrunk(columns, width, width)
-    return hk.HyperNet(targets, chunk=(16, 1), width=width, head_bias=True, trunk=trunk, **settings)
-
-
-def test_the_published_wide_resnet_counts():
-    """Ha et al. 2016, table 4: WRN 40-1 with 0.563M parameters, and 0.097M of which 75,920 are the generator's."""
-    model = WideResNet()
-    assert parameters(model) // 1000 == 563
-    net = ha_net(model, filter_fn=lambda _layer, name: "conv" in name)
-    assert parameters(net.trunk) == 16 * (64 * 64 + 64)
-    assert parameters(net.heads) + parameters(net.head_biases) == 64 * 144 + 144
-    assert parameters(net) - net.embedding.numel() == 75_920
-    hyper = hk.HyperModel(model, net)
-    assert parameters(hyper) // 1000 == 97
-    y = hyper(torch.randn(2, 3, 32, 32))
-    y.sum().backward()
-    assert net.embedding.grad.abs().sum() > 0
-
-
-def test_the_published_mnist_kernel_counts():
-    """Ha et al. 2016, appendix A.1: a kernel of 7x7x16x16, 12,544 weights, from 4,240 parameters and a z of 4."""
-    net = ha_net({"kernel": (16, 16, 7, 7)}, width=4)
-    kernel = net()["kernel"]
-    assert kernel.numel() == 12_544
-    assert net.embedding.shape == (1, 4)
-    assert parameters(net) - 4 == 4_240
-    z, trunk = net.embedding[0], net.trunk
-    a = torch.stack([z @ trunk.weight[q] + trunk.bias[q] for q in range(16)])  # as the paper writes it
-    by_hand = (a @ net.heads[0] + net.head_biases[0]).view(16, 16, 7, 7).transpose(0, 1)
-    torch.testing.assert_close(form(kernel), by_hand * net.targets["kernel"].scale)

@@ -185,11 +185,11 @@ def training_table(run: Run, depth: int) -> Table:
 
 def memory_table(memory: dict[int, dict[str, list[float]]], batches: list[int]) -> Table:
     shown = Table(title="a network of its own for each image, 224x224: peak MiB of a forward and backward")
-    for column in ("", "images", "dense", "hyperkernels", "weights formed", "ours beyond dense", "theirs"):
-        shown.add_column(column, justify="right")
+    for column in ("", "images", "dense", "formed", "hyperkernels", "formed beyond dense", "ours beyond dense"):
+        shown.add_column(column, justify="right", no_wrap=column == "hyperkernels")
     for depth, found in memory.items():
         for B, dense, formed, ours in zip(batches, *found.values()):
-            cells = (f"{dense:.0f}", f"{ours:.0f}", f"{formed:.0f}", f"{ours - dense:.0f}", f"{formed - dense:.0f}")
+            cells = [f"{mib:.0f}" for mib in (dense, formed, ours, formed - dense, ours - dense)]
             shown.add_row(f"ResNet-{depth}", str(B), *cells)
     return shown
 
@@ -225,7 +225,7 @@ def main() -> None:
         "  python python/demos/hyper_resnet.py --depth 34 --memory",
     )
     parser.add_argument("--depth", type=int, default=18, choices=DEPTHS, help="of the ResNet that learns (default 18)")
-    parser.add_argument("--epochs", type=int, default=16, help="of 1,400 images; 0 trains nothing (default 16)")
+    parser.add_argument("--epochs", type=int, default=12, help="of 1,400 images; 0 trains nothing (default 12)")
     parser.add_argument(
         "--memory", type=int, nargs="*", default=[50, 101, 152], choices=DEPTHS, help="depths to measure the memory of"
     )

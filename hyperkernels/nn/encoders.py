@@ -1,0 +1,117 @@
+"""What a hypernetwork is conditioned on: tasks by number, noise, and what layers are, made into z and embeddings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from hyperkernels.nn.targets import Target
+from hyperkernels.nn.trunk import check_sizes
+
+
+class Tasks(nn.Embedding):
+    """`z[g] = embedding[task[g]]`: a learned context for each of `count` tasks, as a `HyperNet`'s encoder.
+
+    Args:
+        count: how many tasks.
+        features: size of z.
+
+    Raises:
+        TypeError, ValueError: a size below 1; ids that are no integers, or of no task.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> net = hk.HyperNet({"weight": (8, 6)}, context_features=4, encoder=hk.nn.Tasks(10, 4))
+        >>> net(torch.tensor([3, 3, 7]))["weight"].contexts
+        3
+    """
+
+    def __init__(self, count: int, features: int, **factory) -> None:
+        check_sizes(count=count, features=features)
+        super().__init__(count, features, **factory)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) or input.is_floating_point() or input.dtype == torch.bool:
+            got = input.dtype if isinstance(input, Tensor) else type(input).__name__
+            raise TypeError(f"task: got {got}, wanted an integer tensor")
+        if input.numel() and not (int(input.min()) >= 0 and int(input.max()) < self.num_embeddings):
+            raise ValueError(f"task: got {input.tolist()}, wanted 0 to {self.num_embeddings - 1}")
+        return super().forward(input)
+
+
+class Noise(nn.Module):
+    """`z[g] ~ N(0, 1)`: with `net(count)`, as many sets of weights in one call, an ensemble.
+
+    Args:
+        features: size of z.
+
+    Call:
+        `noise(count)`, or `noise(sample)` for one of your own, `[G, features]`.
+
+    Raises:
+        ValueError: a count below 1, or a sample of another width.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> net = hk.HyperNet({"weight": (8, 6)}, context_features=4, encoder=hk.nn.Noise(4))
+        >>> x = torch.randn(5, 6)
+        >>> torch.nn.functional.linear(x.expand(16, 5, 6), net(16)["weight"]).shape  # 16 members
+        torch.Size([16, 5, 8])
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        check_sizes(features=features)
+        self.features = features
+        self.register_buffer("_where", torch.empty(0), persistent=False)  # dtype and device, which `to` moves
+
+    def forward(self, sample: int | Tensor) -> Tensor:
+        if isinstance(sample, Tensor):
+            if sample.dim() != 2 or sample.shape[1] != self.features:
+                raise ValueError(f"sample: got shape {list(sample.shape)}, wanted [G, {self.features}]")
+            return sample
+        check_sizes(count=sample)
+        where: Tensor = self._where  # type: ignore[assignment]
+        return torch.randn(sample, self.features, dtype=where.dtype, device=where.device)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}"
+
+
+class Descriptors(nn.Module):
+    """`embedding[c] = A f(c)`, of the layer of a chunk, where in it the chunk lies, and of what size it is: computed, so
+    that one hypernetwork serves targets of any depth and width.
+
+    Args:
+        features: size of an embedding.
+
+    Call:
+        `descriptors(targets)`: `[C, features]`, for all chunks of all targets.
+    """
+
+    FREQUENCIES = 4
+
+    def __init__(
+        self, features: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        check_sizes(features=features)
+        self.layer = nn.Linear(2 * self.FREQUENCIES * 7, features, device=device, dtype=dtype)
+        nn.init.normal_(self.layer.weight, std=(self.FREQUENCIES * 7) ** -0.5)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, targets: Iterable[Target]) -> Tensor:
+        weight, rows = self.layer.weight, []
+        targets = list(targets)
+        for number, target in enumerate(targets):
+            grid, positions = target.grid, math.prod(target.kernel)
+            sizes = [math.log2(n) / 8 for n in (grid.out_features, grid.in_features, positions)]
+            place = [number / 8, number / len(targets)]
+            i, j = torch.meshgrid(torch.arange(grid.I) / grid.I, torch.arange(grid.J) / grid.J, indexing="ij")
+            fixed = torch.tensor(place + sizes).expand(grid.I * grid.J, -1)
+            rows.append(torch.cat([fixed, i.reshape(-1, 1), j.reshape(-1, 1)], 1))
+        told = torch.cat(rows).to(weight)[..., None] * math.pi * 2.0 ** torch.arange(self.FREQUENCIES).to(weight)
+        return self.layer(torch.cat([told.sin(), told.cos()], -1).flatten(1))

@@ -1,0 +1,127 @@
+"""What a hypernetwork is to generate: names, shapes, and how each strategy of the literature cuts them into chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from hyperkernels.chunking import Grid
+from hyperkernels.nn.layer import check_chunk
+from hyperkernels.nn.trunk import check_sizes
+from hyperkernels.planner import default_chunk
+
+STRATEGIES = ("chunk", "once", "multi_head", "component")
+COMPONENTS = ("row", "column", "layer")
+Chunk = tuple[int, int] | int | None
+
+
+class Target(NamedTuple):
+    """A weight to generate: its shape, as a grid of chunks, each of `rows x cols x kernel` numbers of one head."""
+
+    shape: tuple[int, ...]
+    grid: Grid
+    kernel: tuple[int, ...]
+    scale: float
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        return self.grid.rows, self.grid.cols, *self.kernel
+
+    @property
+    def chunks(self) -> int:
+        return self.grid.I * self.grid.J
+
+    @property
+    def numbers(self) -> int:
+        return prod(self.shape)
+
+
+def find_targets(
+    targets: Mapping[str, Sequence[int]] | nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    biases: bool = False,
+) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The shape of each target, and in how many groups of rows it is applied."""
+    groups: dict[str, int] = {}
+    if isinstance(targets, nn.Module):
+        found: dict[str, Any] = {}
+        for layer, module in targets.named_modules():
+            kind = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+            if not kind or not (filter_fn is None or filter_fn(module, layer)):
+                continue
+            for part in ("weight", "bias")[: 1 + biases]:
+                parameter, name = getattr(module, part), f"{layer}.{part}".lstrip(".")
+                if parameter is not None:
+                    found[name], groups[name] = tuple(parameter.shape), getattr(module, "groups", 1)
+    elif isinstance(targets, Mapping):
+        found = dict(targets)
+    else:
+        raise TypeError(f"targets: got {type(targets).__name__}, wanted {{name: shape}} or a torch.nn.Module")
+    if not found:
+        raise ValueError("targets: got none, wanted at least one weight")
+    for name, shape in found.items():
+        fits = isinstance(shape, Sequence) and 1 <= len(shape) <= 5 and all(isinstance(n, int) and n > 0 for n in shape)
+        if not fits:
+            raise ValueError(f"targets: got {shape!r} for {name!r}, wanted one to five positive integers")
+    return {name: (tuple(shape), groups.get(name, 1)) for name, shape in found.items()}
+
+
+def cut(
+    name: str,
+    shape: tuple[int, ...],
+    groups: int,
+    chunk: Chunk,
+    width: int,
+    strategy: str,
+    component: str,
+    scale: float,
+) -> Target:
+    """The target of a shape, with the chunks that the strategy gives it."""
+    N, K, *kernel = shape if len(shape) > 1 else (*shape, 1)
+    own, positions = N // groups, prod(kernel)
+    if strategy in ("once", "component"):
+        whole = strategy == "once" or component == "layer"
+        chunk = (N, K) if whole else (1, K) if component == "row" else (N, 1)
+    if chunk is None or isinstance(chunk, int):
+        if chunk is not None:
+            check_sizes(chunk=chunk)
+        try:
+            rows, cols = default_chunk(own, K, width, positions, chunk)
+        except ValueError as error:
+            raise ValueError(f"{error}, of target {name!r} {list(shape)}") from None
+    else:
+        rows, cols = (min(size, extent) for size, extent in zip(check_chunk(chunk), (own, K)))
+        while groups > 1 and own % rows:
+            rows -= 1
+    return Target(shape, Grid(N, K, rows, cols), tuple(kernel), scale)
+
+
+def start_scales(
+    shapes: Mapping[str, tuple[tuple[int, ...], int]], init: str, nonlinearity: str
+) -> dict[str, float]:
+    """The standard deviation that each target is to have at the start, by Chang et al. 2020.
+
+    With c = 2 for relu and 1 otherwise, a weight varies by `c / (k d_in)`, where k is 2 if the bias of its layer is
+    generated too and 1 else, and that bias by `c / 2`; or, by fan_out, `c / d_out` and `max(0, c (1 - d_in / d_out))`.
+    """
+    c = 2.0 if nonlinearity == "relu" else 1.0
+    scales = {}
+    for name, (shape, _) in shapes.items():
+        layer = name.removesuffix("bias") if len(shape) == 1 else name.removesuffix("weight")
+        d_out, d_in = _fans(shapes.get(f"{layer}weight", (shape, 1))[0])
+        if len(shape) == 1:
+            variance = c / 2 if init == "fan_in" else max(0.0, c * (1 - d_in / d_out))
+        elif init == "fan_in":
+            variance = c / ((1 + (f"{layer}bias" in shapes)) * d_in)
+        else:
+            variance = c / d_out
+        scales[name] = variance**0.5
+    return scales
+
+
+def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    N, K, *kernel = (*shape, 1) if len(shape) == 1 else shape
+    return N * prod(kernel), K * prod(kernel)
