@@ -6,7 +6,7 @@ P `[m, rows*cols]`: `m x m` matrices in the place of weights. All is differentia
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -142,6 +142,20 @@ def norm(a: GeneratedWeight) -> Tensor:
     return inner(a, a).clamp_min(0).sqrt()
 
 
+def chunk_norms(a: GeneratedWeight) -> Tensor:
+    """`||W_g[i, j]||` of every chunk, `[G, I, J]`: `sqrt(h^T (P P^T) h)`, cropped edges left out exactly."""
+    matrix = Matrix.of(a, "a")
+    I, J = matrix.grid.I, matrix.grid.J
+    found = matrix.hidden.new_empty(len(matrix.hidden), I, J)
+    for i, r in _cropped_alike(I, matrix.grid.rows, matrix.grid.out_features):
+        for j, q in _cropped_alike(J, matrix.grid.cols, matrix.grid.in_features):
+            head = matrix.head.unflatten(0, (I, J))[i, j] if matrix.head.dim() == 4 else matrix.head
+            own = head[..., :r, :q].flatten(-2)
+            grams = (own @ own.mT).expand(*matrix.hidden[0, i, j].shape, -1)
+            found[:, i, j] = torch.einsum("gijk,ijkl,gijl->gij", matrix.hidden[:, i, j], grams, matrix.hidden[:, i, j])
+    return found.clamp_min(0).sqrt()
+
+
 def squared_distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
     """`||W_g - W'_g||^2`, context by context: `[G]`, or a number.
 
@@ -231,6 +245,39 @@ def output_regularizer(weights: Mapping[str, GeneratedWeight], earlier: Mapping[
         raise ValueError(f"earlier: got {sorted(earlier)}, wanted {sorted(weights)}")
     moved = [squared_distance(weights[name], earlier[name]).reshape(-1) for name in weights]
     return torch.stack(moved).sum(0).mean()
+
+
+def weight_decay(weights: Mapping[str, GeneratedWeight]) -> Tensor:
+    """`mean_g sum_l ||W_l(z_g)||^2`: the L2 penalty on what is generated, a number."""
+    return total_norm(weights).square().mean()
+
+
+@torch.no_grad()
+def clip_gradients_(
+    parameters: Iterable[Tensor], weights: Mapping[str, GeneratedWeight], limit: float = 0.01
+) -> Tensor:
+    """Scale gradients in place so that `||g|| <= limit * ||W||`: no step is large beside what is generated.
+
+    Args:
+        parameters: of the hypernetwork, or any; g is all their gradients together.
+        weights: what the hypernetwork generates; of several contexts, the mean norm counts.
+        limit: the largest ratio, positive.
+
+    Returns:
+        `||g||` before.
+
+    Raises:
+        ValueError: limit is not positive.
+
+    Source: adaptive gradient clipping, Brock et al. 2021, with generated weights in the place of parameters.
+    """
+    if not limit > 0:
+        raise ValueError(f"limit: got {limit!r}, wanted a positive number")
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    found = torch.nn.utils.get_total_norm(gradients)
+    most = limit * total_norm(weights).mean()
+    torch._foreach_mul_(gradients, (most / found.clamp_min(1e-12)).clamp_max(1.0).item())
+    return found
 
 
 def total_norm(weights: Mapping[str, GeneratedWeight]) -> Tensor:

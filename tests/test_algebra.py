@@ -64,6 +64,17 @@ def test_equal_to_what_the_weights_formed_give(shape, form):
     torch.testing.assert_close(algebra.spectral_norm(a, 400), spectral[0] if one else spectral, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_norms_of_chunks(shape, form):
+    weight = make(shape, form)
+    N, K = shape[0], torch.Size(shape[1:]).numel()
+    rows, cols = 4, min(5, (*shape, 1)[1]) * torch.Size(shape[2:]).numel()
+    w = flat(weight).reshape(-1, N, K)
+    wanted = [torch.stack([b.flatten(1).norm(dim=1) for b in a.split(cols, 2)], 1) for a in w.split(rows, 1)]
+    torch.testing.assert_close(algebra.chunk_norms(weight), torch.stack(wanted, 1))
+
+
 def test_one_context_beside_many_and_heads_of_another_width():
     a, b = make((11, 13), "contexts"), make((11, 13), "shared", m=5)
     w, v = flat(a), flat(b)
@@ -117,6 +128,21 @@ def test_the_output_regularizer_is_the_one_of_weights_formed():
         torch.testing.assert_close(ours, theirs)
     total = sum(flat(w).square().sum(1) for w in weights.values()).sqrt()
     torch.testing.assert_close(algebra.total_norm(weights), total)
+
+
+def test_gradients_are_clipped_by_what_is_generated():
+    net = hk.HyperNet({"a": (30, 20), "b": (8, 6, 3, 3)}, context_features=4, width=5)
+    weights = net(torch.randn(3, 4))
+    penalty = algebra.weight_decay(weights)
+    torch.testing.assert_close(penalty, sum(flat(w).square().sum() for w in weights.values()) / 3)
+    (1e3 * penalty).backward()
+    before = [p.grad.clone() for p in net.parameters()]
+    norm = algebra.clip_gradients_(net.parameters(), weights, 0.1)
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in before]).norm())
+    after = torch.cat([p.grad.flatten() for p in net.parameters()])
+    torch.testing.assert_close(after.norm(), 0.1 * algebra.total_norm(weights).mean().detach())
+    algebra.clip_gradients_(net.parameters(), weights, 1e9)
+    assert torch.equal(torch.cat([p.grad.flatten() for p in net.parameters()]), after), "small ones stay"
 
 
 def test_no_weight_is_formed():

@@ -6,6 +6,7 @@ from hyperkernels.nn.encoders import Descriptors, Noise, Tasks
 from hyperkernels.nn.hyper_model import HyperModel
 from hyperkernels.nn.hypernet import HyperNet
 from hyperkernels.nn.linear import HyperLinear
+from hyperkernels.nn.rnn import HyperLSTMCell, HyperRNNCell
 from hyperkernels.nn.trunk import ColumnTrunk, Trunk, TrunkLayer
 from hyperkernels.nn.trunks import AttentionTrunk, CNNTrunk, MLPTrunk, RNNTrunk
 
@@ -18,9 +19,11 @@ __all__ = [
     "HyperConv2d",
     "HyperConv3d",
     "HyperConvTranspose2d",
+    "HyperLSTMCell",
     "HyperLinear",
     "HyperModel",
     "HyperNet",
+    "HyperRNNCell",
     "MLPTrunk",
     "Noise",
     "RNNTrunk",

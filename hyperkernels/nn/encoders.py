@@ -17,7 +17,8 @@ class Tasks(nn.Embedding):
 
     Args:
         count: how many tasks.
-        features: size of z.
+        features: size of a task's embedding.
+        beside: of numbers that come with the task, and before its embedding in z: `tasks(beside [G, n], task [G])`.
 
     Raises:
         TypeError, ValueError: a size below 1; ids that are no integers, or of no task.
@@ -29,17 +30,22 @@ class Tasks(nn.Embedding):
         3
     """
 
-    def __init__(self, count: int, features: int, **factory) -> None:
+    def __init__(self, count: int, features: int, *, beside: int = 0, **factory) -> None:
         check_sizes(count=count, features=features)
         super().__init__(count, features, **factory)
+        self.beside = beside
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *given: Tensor) -> Tensor:  # type: ignore[override]
+        *beside, input = given
+        if [v.shape[-1] for v in beside] != [self.beside] * (self.beside > 0):
+            wanted = f"numbers [G, {self.beside}] and tasks [G]" if self.beside else "tasks [G] alone"
+            raise ValueError(f"context: got {len(given)} tensors, wanted {wanted}")
         if not isinstance(input, Tensor) or input.is_floating_point() or input.dtype == torch.bool:
             got = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise TypeError(f"task: got {got}, wanted an integer tensor")
         if input.numel() and not (int(input.min()) >= 0 and int(input.max()) < self.num_embeddings):
             raise ValueError(f"task: got {input.tolist()}, wanted 0 to {self.num_embeddings - 1}")
-        return super().forward(input)
+        return torch.cat([*beside, super().forward(input)], -1)
 
 
 class Noise(nn.Module):
@@ -82,8 +88,8 @@ class Noise(nn.Module):
 
 
 class Descriptors(nn.Module):
-    """`embedding[c] = A f(c)`, of the layer of a chunk, where in it the chunk lies, and of what size it is: computed, so
-    that one hypernetwork serves targets of any depth and width.
+    """`embedding[c] = A f(c)`, of the layer of a chunk, where in it the chunk lies, and of what size it is: computed,
+    so that one hypernetwork serves targets of any depth and width.
 
     Args:
         features: size of an embedding.

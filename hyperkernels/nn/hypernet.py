@@ -209,7 +209,7 @@ class HyperNet(nn.Module):
         self, context: Any = None, context_ids: Tensor | None = None, *, targets: Targets | None = None
     ) -> dict[str, AbsentWeight]:
         if self.encoder is not None and context is not None:
-            context = self.encoder(context)
+            context = self.encoder(*context) if isinstance(context, tuple) else self.encoder(context)
         context, ambient_ids = find_context(context, self.context_features)
         cuts = self.targets if targets is None else self._other(targets)
         hidden = self._hidden(cuts, context)

@@ -99,9 +99,7 @@ def cut(
     return Target(shape, Grid(N, K, rows, cols), tuple(kernel), scale)
 
 
-def start_scales(
-    shapes: Mapping[str, tuple[tuple[int, ...], int]], init: str, nonlinearity: str
-) -> dict[str, float]:
+def start_scales(shapes: Mapping[str, tuple[tuple[int, ...], int]], init: str, nonlinearity: str) -> dict[str, float]:
     """The standard deviation that each target is to have at the start, by Chang et al. 2020.
 
     With c = 2 for relu and 1 otherwise, a weight varies by `c / (k d_in)`, where k is 2 if the bias of its layer is

@@ -1,0 +1,115 @@
+"""Hypernetworks that others trained, read into a `HyperNet`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from hyperkernels.nn.encoders import Tasks
+from hyperkernels.nn.hypernet import HyperNet
+from hyperkernels.nn.trunks import MLPTrunk
+
+
+def read_hypnettorch(
+    state: Mapping[str, Tensor],
+    targets: Mapping[str, Sequence[int]] | Sequence[Sequence[int]],
+    *,
+    activation: str = "relu",
+) -> HyperNet:
+    """The `HyperNet` that generates what a hypnettorch `HMLP` or `ChunkedHMLP` of this `state_dict` does.
+
+    Args:
+        state: the `state_dict`, as `torch.load(path, weights_only=True)` gives it.
+        targets: the `target_shapes` that it was built with, in their order: a list, or `{name: shape}`.
+        activation: of its hidden layers, one of `AdditiveHidden`'s.
+
+    Returns:
+        A `HyperNet` of one flat vector. Call it with task numbers where the network has embeddings of tasks
+        (`cond_id`), with `(uncond_input, tasks)` where it has both, else with z = `[uncond_input, cond_input]`. Its
+        weights are applied without being formed whole, and train on.
+
+    Raises:
+        ValueError: tensors are missing, or there are some that it would not know what to do with (batch normalisation,
+            chunk embeddings of each task), or shapes do not fit. Nothing is built then.
+
+    Source: hypnettorch 0.0.4 (github.com/chrhenning/hypnettorch): input `[uncond, chunk embedding, cond]`, a linear
+    last layer, weights row by row one after another.
+    """
+    shapes = dict(targets) if isinstance(targets, Mapping) else {str(n): shape for n, shape in enumerate(targets)}
+    chunked = any(key.startswith("_hnet.") for key in state)
+    own = {key: value for key, value in state.items() if not key.startswith("_hnet.")}  # the rest are the same tensors
+    weights = [own.pop(key) for key in _numbered(own, "_layer_weight_tensors")]
+    biases = [own.pop(key) for key in _numbered(own, "_layer_bias_vectors")]
+    if not weights or len(biases) not in (0, len(weights)):
+        raise ValueError(f"state: got {len(weights)} layers and {len(biases)} biases, wanted as many, and one at least")
+    inner = [own.pop(key) for key in _numbered(own, "_internal_params")]
+    count = next((n for n, value in enumerate(inner) if value.dim() > 1), 0)
+    embeddings, rest = inner[:count], inner[count + len(weights) + len(biases) :]
+    if own or len(rest) != chunked:
+        extra = [*own, *(f"an internal tensor of shape {list(v.shape)}" for v in rest[chunked:])]
+        got = extra or "no chunk embeddings"
+        raise ValueError(f"state: got {got}, wanted layers and embeddings of tasks and chunks")
+    size, m = weights[-1].shape
+    numbers = sum(prod(shape) for shape in shapes.values())
+    chunks = rest[0] if chunked else weights[0].new_zeros(1, 1)
+    if -(-numbers // size) != len(chunks):
+        least = (len(chunks) - 1) * size + 1
+        raise ValueError(f"targets: got {numbers} weights, wanted {least} to {len(chunks) * size}")
+    cond, chunk_features = (embeddings[0].shape[0] if embeddings else 0), chunks.shape[1] if chunked else 0
+    uncond = weights[0].shape[1] - cond - chunk_features
+    if uncond < 0 or uncond + cond == 0:
+        raise ValueError(f"state: got a first layer of {list(weights[0].shape)}, too narrow for its embeddings")
+    context = uncond + cond
+    factory = {"dtype": weights[0].dtype, "device": weights[0].device}
+    tasks = Tasks(len(embeddings), cond, beside=uncond, **factory) if embeddings else None
+    net = HyperNet(
+        shapes,
+        layout="flat",
+        chunk=size,
+        width=m,
+        head_bias=bool(biases),
+        context_features=context,
+        encoder=tasks,
+        embedding_features=chunks.shape[1],
+        trunk=MLPTrunk(
+            [len(weight) for weight in weights[:-1]],
+            chunks.shape[1],
+            context_features=context,
+            activation=activation,
+            **factory,
+        ),
+        **factory,
+    )
+    net.targets = {name: target._replace(scale=1.0) for name, target in net.targets.items()}
+    first = weights[0]
+    columns = torch.arange(first.shape[1])
+    of_chunk = (columns >= uncond) & (columns < uncond + chunk_features)
+    loaded = {
+        "embedding": chunks,
+        "heads.0": weights[-1].T,
+        "trunk.chunk_layer.weight": first[:, of_chunk] if chunked else first.new_zeros(len(first), 1),
+        "trunk.context_layer.weight": first[:, ~of_chunk],
+        **{f"trunk.layers.{n}.weight": weight for n, weight in enumerate(weights[1:-1])},
+    }
+    hidden = biases[:-1] if biases else [weight.new_zeros(len(weight)) for weight in weights[:-1]]
+    loaded |= {"trunk.chunk_layer.bias": hidden[0]}
+    loaded |= {f"trunk.layers.{n}.bias": bias for n, bias in enumerate(hidden[1:])}
+    if biases:
+        loaded["head_biases.0"] = biases[-1]
+    if embeddings:
+        loaded["encoder.weight"] = torch.stack(embeddings)
+    net.load_state_dict(loaded)
+    return net
+
+
+def _numbered(state: Mapping[str, Tensor], name: str) -> list[str]:
+    """Keys `name.0`, `name.1` and so on, none left out."""
+    found = [key for key in state if key.startswith(f"{name}.")]
+    wanted = [f"{name}.{n}" for n in range(len(found))]
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise ValueError(f"state: wanted {', '.join(missing)}, got none")
+    return wanted

@@ -1,0 +1,67 @@
+"""What an ensemble of generated networks says: means, variances, entropies. Noise or dropout makes the members, each a
+context of one batched call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Classes(NamedTuple):
+    """Of an ensemble of classifiers: mean probabilities `[*, C]` and their variance over members; entropies in nats
+    `[*]`: that of the mean, and how much of it is the members' disagreement (mutual information); the rest is noise."""
+
+    mean: Tensor
+    variance: Tensor
+    entropy: Tensor
+    disagreement: Tensor
+
+
+class Values(NamedTuple):
+    """Of an ensemble of regressors: mean and variance over members, `[*]`."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def members(x: Tensor, count: int) -> Tensor:
+    """x `[*]` once for each member, `[count, *]`, not copied: with `count` contexts each entry meets its own weights.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> net = hk.HyperNet({"weight": (3, 6)}, context_features=4, encoder=hk.nn.Noise(4))
+        >>> logits = torch.nn.functional.linear(hk.uncertainty.members(torch.randn(5, 6), 16), net(16)["weight"])
+        >>> hk.uncertainty.of_classes(logits).entropy.shape
+        torch.Size([5])
+    """
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count: got {count!r}, wanted a positive integer")
+    return x.expand(count, *x.shape)
+
+
+def of_classes(logits: Tensor) -> Classes:
+    """`mean = E_s softmax(logits_s)`, its entropy `H(mean)`, and the members' disagreement `H(mean) - E_s H(p_s)`.
+
+    Args:
+        logits: `[S, *, C]`, of S members.
+
+    Raises:
+        ValueError: fewer than two dimensions, or no member.
+    """
+    if logits.dim() < 2 or not len(logits):
+        raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [S, *, C], one member at least")
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    mean = p.mean(0)
+    entropy = torch.special.entr(mean).sum(-1)
+    of_each = -(p * log_p).sum(-1).mean(0)
+    return Classes(mean, p.var(0, correction=0), entropy, (entropy - of_each).clamp_min(0))
+
+
+def of_values(y: Tensor) -> Values:
+    """`E_s y_s` and `Var_s y_s` of y `[S, *]`, S members, one at least."""
+    if y.dim() < 1 or not len(y):
+        raise ValueError(f"y: got shape {list(y.shape)}, wanted [S, *], one member at least")
+    return Values(y.mean(0), y.var(0, correction=0))

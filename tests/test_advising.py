@@ -1,0 +1,46 @@
+"""`advise`: proposals that hold what they promise, and plain words where a plain layer does better."""
+
+import pytest
+import torch
+
+import hyperkernels as hk
+from hyperkernels.advising import advise
+from hyperkernels.weight import form
+
+
+@pytest.mark.parametrize(("shape", "contexts", "tokens"), [((512, 256), 1, 64), ((300, 200), 8, 32), ((64, 900), 1, 1)])
+def test_proposals_are_what_they_say(shape, contexts, tokens):
+    advice = advise(shape, contexts=contexts, tokens=tokens, budget=10**9)
+    assert {p.strategy for p in advice.proposals} == {"chunk", "component", "once"}
+    for p in advice.proposals:
+        settings = {"chunk": {"chunk": p.chunk}, "component": {"strategy": "component"}, "once": {"strategy": "once"}}
+        net = hk.HyperNet({"weight": shape}, width=p.width, context_features=3, **settings[p.strategy])
+        assert net.targets["weight"].chunk == p.chunk
+        assert sum(v.numel() for v in (net.embedding, *net.heads)) == p.parameters
+        weight = net(torch.randn(1, 3))["weight"]
+        assert torch.linalg.matrix_rank(form(weight).detach().double(), rtol=1e-5) <= p.rank
+    assert advice.best is advice.proposals[0]
+    assert all(p.strategy in str(advice) for p in advice.proposals)
+
+
+def test_a_budget_is_kept():
+    advice = advise((512, 512), budget=9000)
+    assert advice.proposals
+    assert all(p.parameters <= 9000 for p in advice.proposals)
+    assert advise((512, 512), budget=5).best is None
+    assert "raise the budget" in advise((512, 512), budget=5).words
+
+
+def test_it_says_when_a_plain_layer_does_better():
+    assert "A plain layer is the better choice" in advise((8, 4)).words
+    assert "Plain layers are the faster choice" in advise((64, 64)).words
+    assert advise((4096, 4096), contexts=32, tokens=32).words.startswith("Take chunk")
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [({"shape": (3,)}, "shape"), ({"shape": (3, 0)}, "K"), ({"shape": (3, 4), "tokens": 0}, "tokens")],
+)
+def test_what_cannot_be_advised_is_refused(given, match):
+    with pytest.raises(ValueError, match=match):
+        advise(**given)

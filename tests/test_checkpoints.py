@@ -1,0 +1,70 @@
+"""hypnettorch's hypernetworks, read: the same weights, applied without being formed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hyperkernels.checkpoints import read_hypnettorch
+from hyperkernels.weight import form
+
+hnets = pytest.importorskip("hypnettorch.hnets", reason="needs hypnettorch")
+pytestmark = pytest.mark.filterwarnings("ignore")  # hypnettorch's own
+SHAPES = [[20, 10], [20], [5, 20], [5]]
+COMMON = {"layers": (10, 12), "verbose": False}
+KINDS = {
+    "HMLP, tasks": (hnets.HMLP, {"cond_in_size": 8, "num_cond_embs": 4}),
+    "HMLP, both": (hnets.HMLP, {"cond_in_size": 8, "num_cond_embs": 4, "uncond_in_size": 3}),
+    "HMLP, inputs": (hnets.HMLP, {"cond_in_size": 0, "num_cond_embs": 0, "uncond_in_size": 3, "use_bias": False}),
+    "ChunkedHMLP, tasks": (hnets.ChunkedHMLP, {"cond_in_size": 8, "num_cond_embs": 4, "chunk_size": 42}),
+    "ChunkedHMLP, both": (
+        hnets.ChunkedHMLP,
+        {"cond_in_size": 8, "num_cond_embs": 4, "uncond_in_size": 3, "chunk_size": 42, "chunk_emb_size": 5},
+    ),
+}
+
+
+def make(name):
+    kind, settings = KINDS[name]
+    theirs = kind(SHAPES, **(COMMON | settings))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return theirs, settings
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_same_weights_and_applied(name, tmp_path):
+    theirs, settings = make(name)
+    torch.save(theirs.state_dict(), tmp_path / "hnet.pt")
+    net = read_hypnettorch(torch.load(tmp_path / "hnet.pt", weights_only=True), SHAPES)
+    uncond, ids = torch.randn(3, 3), torch.tensor([2, 0, 3])
+    given = {"uncond_input": uncond} if "uncond_in_size" in settings else {}
+    if settings["cond_in_size"]:
+        given["cond_id"] = ids.tolist()
+        z = (uncond, ids) if given.get("uncond_input") is not None else ids
+    else:
+        z = uncond
+    with torch.no_grad():
+        wanted = theirs.forward(**given)
+        ours = net(z)
+        for weight, theirs_of_all in zip(ours.values(), zip(*wanted)):
+            torch.testing.assert_close(form(weight), torch.stack(theirs_of_all), rtol=1e-6, atol=1e-6)
+        x = torch.randn(3, 7, 10)
+        y = F.linear(F.linear(x, ours["0"], ours["1"]).relu(), ours["2"], ours["3"])
+        layers = [torch.stack([w[n] for w in wanted]) for n in range(4)]
+        hidden = (x @ layers[0].mT + layers[1][:, None]).relu()
+        torch.testing.assert_close(y, hidden @ layers[2].mT + layers[3][:, None], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_missing_or_extra_is_refused():
+    theirs, _ = make("ChunkedHMLP, tasks")
+    state = dict(theirs.state_dict())
+    with pytest.raises(ValueError, match="targets: got 240 weights, wanted"):
+        read_hypnettorch(state, [*SHAPES[:2], [20]])
+    for key, match in (("_layer_weight_tensors.1", "_layer_weight_tensors.1"), ("_layer_bias_vectors.2", "2 biases")):
+        with pytest.raises(ValueError, match=match):
+            read_hypnettorch({name: value for name, value in state.items() if name != key}, SHAPES)
+    with pytest.raises(ValueError, match="batchnorm"):
+        read_hypnettorch(state | {"_batchnorm_layers.0.weight": torch.ones(3)}, SHAPES)
+    of_tasks = hnets.ChunkedHMLP(SHAPES, 42, cond_chunk_embs=True, cond_in_size=8, num_cond_embs=3, **COMMON)
+    with pytest.raises(ValueError, match="internal tensor"):
+        read_hypnettorch(of_tasks.state_dict(), SHAPES)

@@ -1,0 +1,73 @@
+"""Pictures: what is drawn is what the weights formed are."""
+
+import numpy as np
+import pytest
+import torch
+
+import hyperkernels as hk
+from hyperkernels import viz
+from hyperkernels.testing import peak_bytes
+from hyperkernels.weight import form
+
+pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+
+
+def images(axis):
+    return np.asarray(axis.images[0].get_array())
+
+
+def make(context_features=3, **settings):
+    shapes = {"kernel": (20, 3, 5, 5), "weight": (30, 20)}
+    return hk.HyperNet(shapes, context_features=context_features, width=4, chunk=(8, 2), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"strategy": "multi_head"}, {"head_bias": True}], ids=["chunk", "multi_head", "head_bias"]
+)
+def test_filters(settings, tmp_path):
+    weight = make(**settings)(torch.randn(2, 3))["kernel"]
+    axis = viz.filters(weight, 9, context=1)
+    first = form(weight)[1, 0].detach()
+    wanted = (first - first.min()) / (first.max() - first.min())
+    np.testing.assert_allclose(images(axis)[:5, :5], wanted.movedim(0, -1).numpy(), atol=1e-5)
+    axis.figure.savefig(tmp_path / "filters.png")
+    assert (tmp_path / "filters.png").stat().st_size > 1000
+
+
+def test_filters_form_their_own_chunks_alone():
+    weight = hk.HyperNet({"kernel": (512, 512, 3, 3)}, context_features=3, width=4, chunk=(16, 16))(torch.randn(9, 3))
+    kernel = weight["kernel"]
+    assert peak_bytes(lambda: viz.filters(kernel, 16)) < 512 * 512 * 9 * 4 / 4
+
+
+def test_chunks_similarity_and_principal_components(tmp_path):
+    weights = make()(torch.randn(6, 3))
+    w = torch.cat([form(weight).flatten(1) for weight in weights.values()], 1).detach().double()
+    cosine = torch.nn.functional.cosine_similarity(w[:, None], w, dim=-1)
+    np.testing.assert_allclose(images(viz.similarity(weights)), cosine.numpy(), atol=1e-5)
+    axis = viz.pca(weights, names=list("abcdef"))
+    drawn = torch.tensor(np.asarray(axis.collections[0].get_offsets()))
+    centred = w - w.mean(0)
+    _, _, components = torch.linalg.svd(centred, full_matrices=False)
+    wanted = centred @ components[:2].T
+    torch.testing.assert_close(torch.cdist(drawn, drawn), torch.cdist(wanted, wanted), rtol=1e-4, atol=1e-4)
+    axis = viz.chunks(weights["weight"], context=2)
+    norm = form(weights["weight"])[2, :8, :2].norm()
+    assert images(axis)[0, 0] == pytest.approx(norm.item(), rel=1e-4)
+    axis.figure.savefig(tmp_path / "chunks.png")
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "match"),
+    [
+        (lambda w: viz.filters(w["weight"]), TypeError, "weight: got"),
+        (lambda w: viz.filters(w["kernel"], 0), ValueError, "count"),
+        (lambda w: viz.filters(w["kernel"], context=2), ValueError, "context: got 2, wanted 0 to 1"),
+        (lambda w: viz.chunks(w["weight"], context=5), ValueError, "context"),
+        (lambda w: viz.similarity(w, names=["a"]), ValueError, "names: got 1, wanted one for each of 2"),
+        (lambda w: viz.pca(make(None)()), ValueError, "two at least"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(run, error, match):
+    with pytest.raises(error, match=match):
+        run(make()(torch.randn(2, 3)))
