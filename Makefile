@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint format bench bench-conv sweep readme sass gpu clean
+.PHONY: help demo test sanitize lint format bench scaling sweep readme sass gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,20 +41,24 @@ format: $(VENV)/installed  ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed  ## measure on this machine's CPU: benchmarks/results/cpu.json and conv.json, and their plots
-	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not conv" --benchmark-json benchmarks/results/cpu.json
-	$(MAKE) bench-conv; $(BIN)/python benchmarks/report.py benchmarks/results/cpu.json
+bench: bench-conv bench-algebra  ## measure on this machine's CPU: cpu, conv and algebra .json in benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not conv and not algebra" \
+	  --benchmark-json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json
 
-bench-conv: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only -k conv --benchmark-json benchmarks/results/conv.json
-	$(BIN)/python benchmarks/report.py benchmarks/results/conv.json
+bench-%: $(VENV)/installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only -k $* --benchmark-json benchmarks/results/$*.json
+	-$(BIN)/python benchmarks/report.py benchmarks/results/$*.json
+
+scaling: $(VENV)/installed  ## time and memory from 1e5 to 1e10 generated weights: benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/scaling.py
 
 sweep: $(VENV)/installed  ## measure every order over 240 shapes beside the planner's pick: benchmarks/results/sweep.json
 	$(BIN)/python benchmarks/sweep.py
 
 readme: $(VENV)/installed  ## write the saved results into the README's tables
-	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json --readme README.md
-	$(BIN)/python benchmarks/report.py benchmarks/results/conv.json --readme README.md
+	for name in cpu conv algebra; do \
+	  $(BIN)/python benchmarks/report.py benchmarks/results/$$name.json --readme README.md; done
 
 sass: $(VENV)/installed  ## the Triton kernels compiled for four chips: registers, spills, rooflines; no GPU
 	for chip in sm_80 sm_90 sm_100 gfx942; do echo "$$chip"; $(BIN)/python benchmarks/compiled.py --chip $$chip || exit 1; done

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from algebra_cases import ALGEBRA_CASES
 from cases import CPU_CASES, OURS
 from conv_cases import CONV_CASES
 from measure import Quantiles, timed, warm
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hyperkernels.testing import peak_bytes
 
 ROUNDS = 15
-CASES = CPU_CASES | CONV_CASES
+CASES = CPU_CASES | CONV_CASES | ALGEBRA_CASES
 
 
 @pytest.mark.parametrize("name", CASES)

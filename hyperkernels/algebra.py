@@ -21,11 +21,12 @@ from hyperkernels.weight import GeneratedWeight
 
 class Matrix(NamedTuple):
     """A generated weight as a matrix: hidden `[G, I, J, m]`, head `[m, rows, cols]` or `[I*J, m, rows, cols]`, the
-    positions of a kernel among its columns, and a head_bias among its heads."""
+    positions of a kernel among its columns, and a head_bias among its heads; and a key of what the head is made of."""
 
     hidden: Tensor
     head: Tensor
     grid: Grid
+    key: tuple[int, ...]
 
     @classmethod
     def of(cls, weight: GeneratedWeight, name: str = "weight") -> Matrix:
@@ -38,6 +39,7 @@ class Matrix(NamedTuple):
         per_chunk = weight.head.dim() == 4 + len(kernel)
         first = per_chunk + 2
         head, bias = weight.head.flatten(first), weight.settings["head_bias"]
+        key = (id(weight.head), id(bias))
         if bias is not None:
             bias = bias.flatten(bias.dim() - 1 - len(kernel))
             if bias.dim() == 3 and not per_chunk:
@@ -47,24 +49,28 @@ class Matrix(NamedTuple):
             head = torch.cat([head, bias], width)
             dense = torch.cat([dense, torch.ones_like(dense[..., :1])], -1)
         rows, cols = head.shape[-2:]
-        return cls(dense, head, Grid(N, K * prod(kernel), rows, cols))
+        scaled = weight.scale * dense if weight.scale != 1 else dense
+        return cls(scaled, head, Grid(N, K * prod(kernel), rows, cols), key)
 
 
 class Part(NamedTuple):
-    """Chunks that are cropped alike: hidden `[G, C, m]` and what is left of the head, `[m, n]` or `[C, m, n]`."""
+    """Chunks that are cropped alike: hidden `[G, C, m]`, what is left of the head, `[m, n]` or `[C, m, n]`, and a key
+    that is equal where that is."""
 
     hidden: Tensor
     head: Tensor
+    key: tuple[int, ...]
 
 
 def _parts(matrix: Matrix) -> Iterator[Part]:
     """The whole chunks, the last row of chunks, the last column, and the corner, where they are cropped."""
-    hidden, head, grid = matrix
+    hidden, head, grid, of = matrix
     I, J = grid.I, grid.J
     for i, r in _cropped_alike(I, grid.rows, grid.out_features):
         for j, q in _cropped_alike(J, grid.cols, grid.in_features):
             own = head.unflatten(0, (I, J))[i, j].flatten(0, 1) if head.dim() == 4 else head
-            yield Part(hidden[:, i, j].flatten(1, 2), own[..., :r, :q].flatten(-2))
+            key = (*of, r, q, *((i.start, j.start) if head.dim() == 4 else ()))
+            yield Part(hidden[:, i, j].flatten(1, 2), own[..., :r, :q].flatten(-2), key)
 
 
 def _cropped_alike(count: int, size: int, extent: int) -> list[tuple[slice, int]]:
@@ -75,12 +81,29 @@ def _cropped_alike(count: int, size: int, extent: int) -> list[tuple[slice, int]
     return [(slice(0, count - 1), size)] * (count > 1) + [(slice(count - 1, count), last)]
 
 
+def _mixed(hidden: Tensor, grams: Tensor) -> Tensor:
+    """Hidden `[G, C, m]` times `[m, m']`, or one for each chunk."""
+    return torch.einsum("gcm,cmn->gcn", hidden, grams) if grams.dim() == 3 else hidden @ grams
+
+
 def _pairs(a: Matrix, b: Matrix) -> Iterator[tuple[Tensor, Tensor]]:
     """`<W, W'>` is the sum over these of their products: `[G, C*m']` of a, and of b."""
     for left, right in zip(_parts(a), _parts(b)):
-        grams = left.head @ right.head.mT  # [m, m'], or one per chunk
-        mixed = torch.einsum("gcm,cmn->gcn", left.hidden, grams) if grams.dim() == 3 else left.hidden @ grams
-        yield mixed.flatten(1), right.hidden.flatten(1)
+        yield _mixed(left.hidden, left.head @ right.head.mT).flatten(1), right.hidden.flatten(1)
+
+
+def _sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
+    """`sum_l ||M_l||^2`, `[G]`: of chunks that read the same head `P P^T` is made once."""
+    groups: dict[tuple[int, ...], list[Part]] = {}
+    for matrix in matrices:
+        for part in _parts(matrix):
+            groups.setdefault(part.key, []).append(part)
+    found = []
+    for parts in groups.values():
+        head = parts[0].head
+        hidden = torch.cat([part.hidden for part in parts], 1) if len(parts) > 1 else parts[0].hidden
+        found.append((_mixed(hidden, head @ head.mT) * hidden).sum((1, 2)))
+    return torch.stack(found).sum(0).clamp_min(0)
 
 
 def _matrices(a: GeneratedWeight, b: GeneratedWeight) -> tuple[Matrix, Matrix]:
@@ -163,16 +186,25 @@ def squared_distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
     weights that nearly agree lose no digits to each other. Arguments and errors as for `inner`.
     """
     left, right = _matrices(a, b)
-    if left.head.shape == right.head.shape:
-        hidden = torch.broadcast_tensors(left.hidden, right.hidden)
-        own = torch.cat([hidden[0] - hidden[1], hidden[1]], -1)
-        head = torch.cat([left.head, left.head - right.head], left.head.dim() - 3)
-        difference = Matrix(own, head, left.grid)
-        found = _inner(difference, difference)
-    else:
-        found = _inner(left, left) + _inner(right, right) - 2 * _inner(left, right)
-    found = found.clamp_min(0)
+    found = _squared_distances([(left, right)])
     return found if _contexts(a) or _contexts(b) else found[0]
+
+
+def _squared_distances(pairs: Iterable[tuple[Matrix, Matrix]]) -> Tensor:
+    """`sum_l ||W_l - W'_l||^2`, `[G]`; heads that are the same are told apart once."""
+    found, differences, heads = [], [], {}
+    for left, right in pairs:
+        if left.head.shape != right.head.shape:
+            found.append(_inner(left, left) + _inner(right, right) - 2 * _inner(left, right))
+            continue
+        key = (*left.key, *right.key)
+        if key not in heads:
+            heads[key] = torch.cat([left.head, left.head - right.head], left.head.dim() - 3)
+        own, others = torch.broadcast_tensors(left.hidden, right.hidden)
+        differences.append(Matrix(torch.cat([own - others, others], -1), heads[key], left.grid, key))
+    if differences:
+        found.append(_sum_of_squares(differences))
+    return torch.stack(found).sum(0).clamp_min(0)
 
 
 def distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
@@ -202,7 +234,7 @@ def spectral_norm(a: GeneratedWeight, iterations: int = 20) -> Tensor:
     """
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations: got {iterations!r}, wanted a positive integer")
-    hidden, head, grid = Matrix.of(a)
+    hidden, head, grid, _ = Matrix.of(a)
     N, K = grid.out_features, grid.in_features
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(K, generator=generator, dtype=torch.float64).to(head)
@@ -243,8 +275,7 @@ def output_regularizer(weights: Mapping[str, GeneratedWeight], earlier: Mapping[
     """
     if weights.keys() != earlier.keys():
         raise ValueError(f"earlier: got {sorted(earlier)}, wanted {sorted(weights)}")
-    moved = [squared_distance(weights[name], earlier[name]).reshape(-1) for name in weights]
-    return torch.stack(moved).sum(0).mean()
+    return _squared_distances([_matrices(weights[name], earlier[name]) for name in weights]).mean()
 
 
 def weight_decay(weights: Mapping[str, GeneratedWeight]) -> Tensor:
@@ -282,4 +313,5 @@ def clip_gradients_(
 
 def total_norm(weights: Mapping[str, GeneratedWeight]) -> Tensor:
     """`sqrt(sum_l ||W_l||^2)` over all that a hypernetwork generates: `[G]`, or a number."""
-    return torch.stack([inner(weight, weight) for weight in weights.values()]).sum(0).clamp_min(0).sqrt()
+    found = _sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()]).sqrt()
+    return found if any(map(_contexts, weights.values())) else found[0]

@@ -47,7 +47,6 @@ class FlatWeight(AbsentWeight):
     """
 
     start: int
-    scale: float
 
     @staticmethod
     def __new__(

@@ -79,14 +79,17 @@ def _corner(weight: GeneratedWeight, rows: int, cols: int, context: int) -> Tens
     per_chunk = weight.head.dim() == weight.dim() + 2
     bias = weight.settings["head_bias"]
     if per_chunk or (bias is not None and bias.dim() == weight.dim() + 1):  # heads of their own: all of the context
-        return form(GeneratedWeight(hidden, weight.head, weight.shape, head_bias=bias))[:rows, :cols]
+        return form(GeneratedWeight(hidden, weight.head, weight.shape, head_bias=bias, scale=weight.scale))[
+            :rows, :cols
+        ]
     size_r, size_q = weight.head.shape[1:3]
     I, J = ceil_div(rows, size_r), ceil_div(cols, size_q)
     if isinstance(hidden, AdditiveHidden):
         hidden = AdditiveHidden(hidden.context, hidden.chunks[:I, :J], hidden.activation)
     else:
         hidden = hidden[:I, :J]
-    return form(GeneratedWeight(hidden, weight.head, (rows, cols, *weight.shape[2:]), head_bias=bias))
+    shape = (rows, cols, *weight.shape[2:])
+    return form(GeneratedWeight(hidden, weight.head, shape, head_bias=bias, scale=weight.scale))
 
 
 def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:

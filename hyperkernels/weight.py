@@ -25,6 +25,7 @@ class AbsentWeight(Tensor):
 
     hidden: Tensor | AdditiveHidden
     head: Tensor
+    scale: float
     contexts: int
     settings: dict[str, Any]
 
@@ -56,8 +57,8 @@ def absent(cls: Any, like: Tensor, shape: tuple[int, ...]) -> Any:
 
 
 class GeneratedWeight(AbsentWeight):
-    """`W[g, i*rows+r, j*cols+q, *s] = sum_k hidden[g,i,j,k] head[k,r,q,*s] (+ head_bias)`: a tensor of W's shape, dtype
-    and device that holds none of its numbers.
+    """`W[g, i*rows+r, j*cols+q, *s] = scale * (sum_k hidden[g,i,j,k] head[k,r,q,*s] (+ head_bias))`: a tensor of W's
+    shape, dtype and device that holds none of its numbers.
 
     As the weight of `F.linear`, `F.conv1d`, `2d`, `3d` and `F.conv_transpose2d`, and in `matmul` and `addmm`, it runs
     `hyper_linear` and its like, and W is not formed: `torch.func.functional_call(model, {name: weight}, x)` runs a
@@ -68,6 +69,7 @@ class GeneratedWeight(AbsentWeight):
         hidden, head, head_bias, order, backend: as for `hyper_linear`, or `hyper_conv2d`.
         shape: `(N, K)`; of a convolution `(out_channels, in_channels / groups, *kernel)`; of a bias `(N,)`, which is
             generated as the column `(N, 1)`.
+        scale: a number.
         context_ids: as for `hyper_linear`, of the layer that the weight is given to. Where hidden has G contexts each
             has a weight of this shape, and entry g of the layer's input uses that of context g, without ids.
 
@@ -92,6 +94,7 @@ class GeneratedWeight(AbsentWeight):
         shape: Sequence[int],
         *,
         head_bias: Tensor | None = None,
+        scale: float = 1.0,
         context_ids: Tensor | None = None,
         order: str | None = None,
         backend: str | None = None,
@@ -101,7 +104,7 @@ class GeneratedWeight(AbsentWeight):
         grid = grid_of_weight(hidden, head, _matrix(shape))
         check_head_bias(head_bias, grid, head, shape[2:])
         weight = absent(cls, head, shape)
-        weight.hidden, weight.head = hidden, head
+        weight.hidden, weight.head, weight.scale = hidden, head, scale
         weight.contexts = hidden.shape[0] if len(hidden.shape) == 4 else 1
         weight.settings = {"head_bias": head_bias, "context_ids": context_ids, "order": order, "backend": backend}
         return weight
@@ -118,9 +121,18 @@ def form(weight: AbsentWeight) -> Tensor:
     return FORM[type(weight)](weight)
 
 
+def _scaled(weight: AbsentWeight) -> tuple[Tensor, dict[str, Any]]:
+    """Head and settings of what generates it, the scale in them."""
+    bias, scale = weight.settings["head_bias"], weight.scale
+    if scale == 1:
+        return weight.head, weight.settings
+    return scale * weight.head, weight.settings | {"head_bias": None if bias is None else scale * bias}
+
+
 def _form(weight: AbsentWeight) -> Tensor:
     shape, contexts = shape_of(weight), weight.contexts
-    formed = generate_weight(weight.hidden, weight.head, _matrix(shape), head_bias=weight.settings["head_bias"])
+    head, settings = _scaled(weight)
+    formed = generate_weight(weight.hidden, head, _matrix(shape), head_bias=settings["head_bias"])
     return formed.reshape(shape if contexts == 1 else (contexts, *shape))
 
 
@@ -150,8 +162,9 @@ def formed_bias(bias: Tensor | None) -> Tensor | None:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if isinstance(input, AbsentWeight) or not isinstance(weight, GeneratedWeight):
         return NotImplemented
+    head, settings = _scaled(weight)
     N = shape_of(weight)[0]
-    return hyper_linear(input, weight.hidden, weight.head, out_features=N, bias=formed_bias(bias), **weight.settings)
+    return hyper_linear(input, weight.hidden, head, out_features=N, bias=formed_bias(bias), **settings)
 
 
 def _convolution(function: Callable[..., Tensor], names: str) -> Callable[..., Any]:
@@ -160,10 +173,11 @@ def _convolution(function: Callable[..., Tensor], names: str) -> Callable[..., A
     def run(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any, **named: Any) -> Any:
         if isinstance(input, AbsentWeight) or not isinstance(weight, GeneratedWeight):
             return NotImplemented
-        settings = weight.settings | dict(zip(names.split(), given)) | named
+        head, settings = _scaled(weight)
+        settings = settings | dict(zip(names.split(), given)) | named
         N, K = shape_of(weight)[:2]
         channels = K * settings.get("groups", 1) if function is hyper_conv_transpose2d else N
-        return function(input, weight.hidden, weight.head, out_channels=channels, bias=formed_bias(bias), **settings)
+        return function(input, weight.hidden, head, out_channels=channels, bias=formed_bias(bias), **settings)
 
     return run
 
@@ -177,7 +191,7 @@ def _transposed(weight: Any) -> Any:
         hidden = AdditiveHidden(hidden.context, hidden.chunks.transpose(0, 1), hidden.activation)
     else:
         hidden = hidden.transpose(-3, -2)
-    settings = weight.settings | {"head_bias": None if bias is None else bias.T}
+    settings = weight.settings | {"head_bias": None if bias is None else bias.T, "scale": weight.scale}
     return GeneratedWeight(hidden, weight.head.transpose(-2, -1), shape_of(weight)[::-1], **settings)
 
 
@@ -225,7 +239,10 @@ def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         hidden = weight.hidden.to(*args, **kwargs)
     bias = weight.settings["head_bias"]
-    settings = weight.settings | {"head_bias": None if bias is None else bias.to(*args, **kwargs)}
+    settings = weight.settings | {
+        "head_bias": bias if bias is None else bias.to(*args, **kwargs),
+        "scale": weight.scale,
+    }
     return GeneratedWeight(hidden, weight.head.to(*args, **kwargs), shape_of(weight), **settings)
 
 

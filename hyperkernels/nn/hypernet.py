@@ -217,7 +217,22 @@ class HyperNet(nn.Module):
         if self.flat:
             return self._flat_weights(hidden, ids)
         parts = _split(hidden, [target.chunks for target in cuts.values()])
-        return {name: self._weight(name, cuts[name], part, ids) for name, part in zip(cuts, parts)}
+        read: dict[Any, list[Tensor]] = {}
+        weights: dict[str, AbsentWeight] = {}
+        for (name, target), part in zip(cuts.items(), parts):
+            n, chunk = self.head_of.get(name, 0), target.chunk
+            if (n, chunk) not in read:
+                read[n, chunk] = self._read(n, chunk)
+            head, *bias = read[n, chunk]
+            given: dict[str, Any] = {"scale": target.scale, "order": self.order, "backend": self.backend}
+            given |= {"head_bias": bias[0] if bias else None, "context_ids": ids}
+            weights[name] = GeneratedWeight(_grid_of(part, target.grid), head, target.shape, **given)
+        return weights
+
+    def _read(self, n: int, chunk: tuple[int, ...]) -> list[Tensor]:
+        """Of head n, and its bias, as many numbers as the chunk has, in its shape."""
+        both = (self.heads, self.head_biases)
+        return [part[n].narrow(-1, 0, prod(chunk)).unflatten(-1, chunk) for part in both if len(part)]
 
     def _other(self, targets: Targets) -> dict[str, Target]:
         if self.descriptors is None or len(self.heads) > 1:
@@ -228,16 +243,6 @@ class HyperNet(nn.Module):
                 got, most = prod(target.chunk), self.heads[0].shape[-1]
                 raise ValueError(f"targets: got a chunk of {got} numbers in {name!r}, wanted at most the head's {most}")
         return cuts
-
-    def _weight(self, name: str, target: Target, hidden: Tensor | AdditiveHidden, ids: Tensor | None) -> AbsentWeight:
-        """Of its head a target reads as many numbers as a chunk of it has, in that chunk's shape."""
-        n, chunk = self.head_of.get(name, 0), target.chunk
-        read = [p[n].narrow(-1, 0, prod(chunk)).unflatten(-1, chunk) for p in (self.heads, self.head_biases) if len(p)]
-        head, *bias = (target.scale * part for part in read)
-        given = {"context_ids": ids, "order": self.order, "backend": self.backend}
-        return GeneratedWeight(
-            _grid_of(hidden, target.grid), head, target.shape, head_bias=bias[0] if bias else None, **given
-        )
 
     def _flat_weights(self, hidden: Tensor | AdditiveHidden, ids: Tensor | None) -> dict[str, AbsentWeight]:
         weights: dict[str, AbsentWeight] = {}
