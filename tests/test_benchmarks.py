@@ -90,6 +90,32 @@ def test_make_gpu_runs_end_to_end_without_one(tmp_path):
     assert saved["machine_info"].keys() > {"commit", "triton", "torch"}
 
 
+def test_scaling_runs_and_saves(tmp_path):
+    given = ("--least", "1e4", "--most", "1e5", "--output", tmp_path / "scaling.json")
+    result = run("benchmarks/scaling.py", *given)
+    assert result.returncode == 0, result.stdout + result.stderr
+    points = json.loads((tmp_path / "scaling.json").read_text())["points"]
+    assert [point["how"] for point in points] == ["hyperkernels", "weights formed"] * 3
+    assert all(point["peak_mib"] > 0 for point in points)
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_the_saved_scaling_is_flat_where_weights_formed_fail():
+    points = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())["points"]
+    ours = {point["weights"]: point for point in points if point["how"] == "hyperkernels"}
+    assert max(ours) >= 1e10
+    assert all(point["peak_mib"] < 4 * point["weights"] / 2**20 / 4 for n, point in ours.items() if n > 1e6)
+    assert any("failed" in point for point in points if point["how"] != "hyperkernels")
+
+
+def test_hyper_resnet_measures_and_draws(tmp_path):
+    given = ("--epochs", "0", "--memory", "18", "--batches", "1", "2", "--output", tmp_path / "resnet.png")
+    result = run("python/demos/hyper_resnet.py", *given)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ResNet-18" in result.stdout
+    assert (tmp_path / "resnet.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -99,7 +125,9 @@ def test_make_gpu_runs_end_to_end_without_one(tmp_path):
         "benchmarks/compiled.py",
         "benchmarks/launching.py",
         "benchmarks/ten_billion_weights.py",
+        "benchmarks/scaling.py",
         "python/demos/vit_rotations.py",
+        "python/demos/hyper_resnet.py",
     ],
 )
 def test_help_teaches_with_examples(command):
