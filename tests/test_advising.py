@@ -23,6 +23,11 @@ def test_proposals_are_what_they_say(shape, contexts, tokens):
     assert all(p.strategy in str(advice) for p in advice.proposals)
 
 
+def test_where_flops_decide_the_speed_is_theirs():
+    for p in advise((2048, 2048), tokens=8192).proposals:
+        assert 0.3 < p.speed * p.flops < 3
+
+
 def test_a_budget_is_kept():
     advice = advise((512, 512), budget=9000)
     assert advice.proposals

@@ -226,6 +226,8 @@ def test_targets_may_differ_from_call_to_call():
     same = [form(w) for w in net(z, targets=shapes).values()]
     for got, wanted in zip(same, net(z).values()):
         torch.testing.assert_close(got, form(wanted))
+    alike = net.descriptors(net._cut({name: ((12, 10), 1) for name in "abc"}).values())
+    assert len(alike.unique(dim=0)) == len(alike) == 3 * 9, "no two chunks look the same"
     with pytest.raises(ValueError, match="targets: got a chunk of 400 numbers in 'kernel'"):
         net(z, targets={"kernel": (4, 4, 5, 5)})
     with pytest.raises(ValueError, match="descriptors=True"):
