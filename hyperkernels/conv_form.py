@@ -21,6 +21,7 @@ from hyperkernels.form import (
     find_grid,
 )
 from hyperkernels.hidden import AdditiveHidden
+from hyperkernels.planner import workspace_bytes
 
 Sizes = int | tuple[int, ...]
 
@@ -134,6 +135,9 @@ def conv_form(
     results = grid.in_features * groups if transposed else grid.out_features
     check_like("bias", bias, x, (results,), (contexts, results))
     check_head_bias(head_bias, grid, x, kernel)
+    if isinstance(hidden, AdditiveHidden) and groups > 1:
+        if prod(hidden.shape) * hidden.dtype.itemsize <= workspace_bytes() // 2:
+            hidden = hidden.materialize()  # then groups can be contexts, in one call
     activation = hidden.activation if isinstance(hidden, AdditiveHidden) else ""
     if isinstance(hidden, Tensor) and hidden.dim() == 3:
         hidden = hidden[None]

@@ -101,6 +101,12 @@ def test_is_torchs_convolution(n, contexts, per_chunk_heads, groups):
     assert_same(problem, backend="reference")
 
 
+@pytest.mark.parametrize("contexts", ["additive", "additive_per_image"])
+def test_groups_whose_hidden_is_too_large_to_form(contexts, monkeypatch):
+    monkeypatch.setattr("hyperkernels.conv_form.workspace_bytes", lambda: 1)
+    assert_same(make_problem(2, contexts, groups=2))
+
+
 @pytest.mark.parametrize("per_chunk_heads", [False, True], ids=["shared_head", "per_chunk_heads"])
 @pytest.mark.parametrize("contexts", CONTEXTS)
 @pytest.mark.parametrize(("n", "format"), [(2, torch.channels_last), (3, torch.channels_last_3d)], ids=["2d", "3d"])
