@@ -117,6 +117,12 @@ def _contexts(weight: GeneratedWeight) -> bool:
     return len(weight.hidden.shape) == 4 and weight.hidden.shape[0] > 1
 
 
+def _root(square: Tensor) -> Tensor:
+    """Its square root; of 0 the gradient is 0."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+
+
 def gram(a: GeneratedWeight, b: GeneratedWeight | None = None) -> Tensor:
     """`<W_g, W'_h>` for every context g of a and h of b, which is a by default: `[G, G']`.
 
@@ -162,7 +168,7 @@ def _inner(left: Matrix, right: Matrix) -> Tensor:
 
 def norm(a: GeneratedWeight) -> Tensor:
     """`||W_g||`, the Frobenius norm: `[G]`, or a number. Its square, summed, is weight decay on what is generated."""
-    return inner(a, a).clamp_min(0).sqrt()
+    return _root(inner(a, a))
 
 
 def chunk_norms(a: GeneratedWeight) -> Tensor:
@@ -176,7 +182,7 @@ def chunk_norms(a: GeneratedWeight) -> Tensor:
             own = head[..., :r, :q].flatten(-2)
             grams = (own @ own.mT).expand(*matrix.hidden[0, i, j].shape, -1)
             found[:, i, j] = torch.einsum("gijk,ijkl,gijl->gij", matrix.hidden[:, i, j], grams, matrix.hidden[:, i, j])
-    return found.clamp_min(0).sqrt()
+    return _root(found)
 
 
 def squared_distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
@@ -209,7 +215,7 @@ def _squared_distances(pairs: Iterable[tuple[Matrix, Matrix]]) -> Tensor:
 
 def distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
     """`||W_g - W'_g||`, context by context: `[G]`, or a number. As `squared_distance`."""
-    return squared_distance(a, b).sqrt()
+    return _root(squared_distance(a, b))
 
 
 def cosine(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
@@ -313,5 +319,5 @@ def clip_gradients_(
 
 def total_norm(weights: Mapping[str, GeneratedWeight]) -> Tensor:
     """`sqrt(sum_l ||W_l||^2)` over all that a hypernetwork generates: `[G]`, or a number."""
-    found = _sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()]).sqrt()
+    found = _root(_sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()]))
     return found if any(map(_contexts, weights.values())) else found[0]

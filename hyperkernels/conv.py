@@ -81,8 +81,8 @@ def hyper_conv2d(
     Returns:
         y `[B, out_channels, *output size]`, in x's dtype and, where x is dense in one, its memory format.
 
-    Numerics, memory: as for `hyper_linear`. With more groups than one, `AdditiveHidden` is formed where it fits half the
-    workspace; where it does not, and with a head per chunk, each group takes a call.
+    Numerics, memory: as for `hyper_linear`. With more groups than one, `AdditiveHidden` is formed where it fits half
+    the workspace; where it does not, and with a head per chunk, each group takes a call.
 
     Raises:
         TypeError: an argument is no tensor or number of the kind above, or dtypes differ.

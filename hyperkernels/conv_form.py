@@ -135,9 +135,9 @@ def conv_form(
     results = grid.in_features * groups if transposed else grid.out_features
     check_like("bias", bias, x, (results,), (contexts, results))
     check_head_bias(head_bias, grid, x, kernel)
-    if isinstance(hidden, AdditiveHidden) and groups > 1:
-        if prod(hidden.shape) * hidden.dtype.itemsize <= workspace_bytes() // 2:
-            hidden = hidden.materialize()  # then groups can be contexts, in one call
+    small = prod(shapes[0]) * hidden.dtype.itemsize <= workspace_bytes() // 2
+    if isinstance(hidden, AdditiveHidden) and groups > 1 and small:
+        hidden = hidden.materialize()  # then groups can be contexts, in one call
     activation = hidden.activation if isinstance(hidden, AdditiveHidden) else ""
     if isinstance(hidden, Tensor) and hidden.dim() == 3:
         hidden = hidden[None]

@@ -140,8 +140,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if isinstance(input, AbsentWeight) or not isinstance(weight, FlatWeight):
         return NotImplemented
     weight, bias = _entries(weight, input, bias)
-    x = input.reshape(weight.contexts, -1, shape_of(weight)[1])
-    y = _by_rows(weight, lambda rows: x @ rows.mT, -1).reshape(*input.shape[:-1], -1)
+    x = input.reshape(weight.contexts, prod(input.shape[:-1]) // max(weight.contexts, 1), shape_of(weight)[1])
+    y = _by_rows(weight, lambda rows: x @ rows.mT, -1).reshape(*input.shape[:-1], shape_of(weight)[0])
     if bias is None:
         return y
     return y + (bias if bias.dim() == 1 else bias.reshape(len(bias), *[1] * (y.dim() - 2), -1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d, hyper_conv_transpose2d
-from hyperkernels.form import check_head_bias, check_tensors, grid_of_weight
+from hyperkernels.form import autocast, check_head_bias, check_tensors, grid_of_weight
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 
@@ -42,6 +42,8 @@ class AbsentWeight(Tensor):
                     return found
         if function not in AS_IT_IS:
             name = _name(function)
+            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE:
+                raise RuntimeError(f"{name}: a generated weight cannot be changed in place; change what generates it")
             args, kwargs = pytree.tree_map_only(AbsentWeight, lambda weight: _formed_for(name, weight), (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
@@ -63,7 +65,7 @@ class GeneratedWeight(AbsentWeight):
     As the weight of `F.linear`, `F.conv1d`, `2d`, `3d` and `F.conv_transpose2d`, and in `matmul` and `addmm`, it runs
     `hyper_linear` and its like, and W is not formed: `torch.func.functional_call(model, {name: weight}, x)` runs a
     model with generated weights. `.T` and `.to(dtype)` are generated weights again. Any other operation forms W, and
-    warns with its name, once.
+    warns with its name, once; what would change it in place is refused.
 
     Args:
         hidden, head, head_bias, order, backend: as for `hyper_linear`, or `hyper_conv2d`.
@@ -77,7 +79,7 @@ class GeneratedWeight(AbsentWeight):
 
     Raises:
         TypeError, ValueError: as `generate_weight`, and later as the function that it is given to.
-        RuntimeError: an operation that forms W, and there is more than one.
+        RuntimeError: an operation that forms W, and there is more than one, or that would change it.
 
     Example:
         >>> import torch, hyperkernels as hk
@@ -99,6 +101,7 @@ class GeneratedWeight(AbsentWeight):
         order: str | None = None,
         backend: str | None = None,
     ) -> GeneratedWeight:
+        head, hidden, head_bias = autocast(head, hidden, head_bias)
         check_tensors(head, hidden, head)
         shape = tuple(shape)
         grid = grid_of_weight(hidden, head, _matrix(shape))
@@ -195,6 +198,10 @@ def _transposed(weight: Any) -> Any:
     return GeneratedWeight(hidden, weight.head.transpose(-2, -1), shape_of(weight)[::-1], **settings)
 
 
+def _swapped(weight: Any, dim0: int, dim1: int) -> Any:
+    return _transposed(weight) if {dim0 % 2, dim1 % 2} == {0, 1} else NotImplemented
+
+
 def _matmul(left: Tensor, right: Tensor) -> Any:
     if isinstance(left, GeneratedWeight):
         if isinstance(right, GeneratedWeight) or right.dim() > 2:
@@ -253,7 +260,8 @@ GENERATED: dict[Any, Callable[..., Any]] = {
     F.conv2d: _convolution(hyper_conv2d, CONVOLUTION),
     F.conv3d: _convolution(hyper_conv3d, CONVOLUTION),
     F.conv_transpose2d: _convolution(hyper_conv_transpose2d, "stride padding output_padding groups dilation"),
-    **dict.fromkeys((_getter("T"), Tensor.t, torch.t), _transposed),
+    **dict.fromkeys((_getter("T"), _getter("mT"), Tensor.t, torch.t), _transposed),
+    **dict.fromkeys((Tensor.transpose, torch.transpose), _swapped),
     Tensor.to: _to,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     Tensor.__rmatmul__: lambda right, left: _matmul(left, right),
@@ -265,6 +273,7 @@ TOLD: dict[Any, Callable[..., Any]] = {
     _getter("grad_fn"): lambda weight: _learns(weight).grad_fn,
     Tensor.register_hook: lambda weight, hook: _learns(weight).register_hook(hook),
 }
+IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 AS_IT_IS = {
     *(_getter(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size", "__len__")),

@@ -145,6 +145,13 @@ def test_gradients_are_clipped_by_what_is_generated():
     assert torch.equal(torch.cat([p.grad.flatten() for p in net.parameters()]), after), "small ones stay"
 
 
+def test_where_nothing_differs_gradients_are_zero():
+    hidden = torch.randn(2, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    weight = hk.GeneratedWeight(hidden, torch.randn(2, 4, 5, dtype=torch.float64), (11, 13))
+    algebra.distance(weight, weight).sum().backward()
+    assert not hidden.grad.any()
+
+
 def test_no_weight_is_formed():
     weight = hk.GeneratedWeight(torch.randn(8, 30, 25, 8), torch.randn(8, 40, 40), (1190, 990))
     size = 8 * 1190 * 990 * 4

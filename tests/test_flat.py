@@ -77,6 +77,11 @@ def test_convolution(contexts):
     assert_same(F.conv2d(x, weight, None, 2), wanted, leaves)
 
 
+def test_no_tokens():
+    weight, _, _ = make((8, 14), 33, "per_entry")
+    assert F.linear(torch.randn(3, 0, 14).double(), weight).shape == (3, 0, 8)
+
+
 def test_a_large_weight_is_formed_in_parts():
     hidden, head = torch.randn(100, 8, requires_grad=True), torch.randn(8, 40_000, requires_grad=True)
     x = torch.randn(2, 2000, requires_grad=True)

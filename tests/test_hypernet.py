@@ -226,7 +226,7 @@ def test_targets_may_differ_from_call_to_call():
     same = [form(w) for w in net(z, targets=shapes).values()]
     for got, wanted in zip(same, net(z).values()):
         torch.testing.assert_close(got, form(wanted))
-    alike = net.descriptors(net._cut({name: ((12, 10), 1) for name in "abc"}).values())
+    alike = net.descriptors(net._cut(dict.fromkeys("abc", ((12, 10), 1))).values())
     assert len(alike.unique(dim=0)) == len(alike) == 3 * 9, "no two chunks look the same"
     with pytest.raises(ValueError, match="targets: got a chunk of 400 numbers in 'kernel'"):
         net(z, targets={"kernel": (4, 4, 5, 5)})
@@ -240,6 +240,26 @@ def test_a_bias_is_a_target_like_another():
     weights = net(z)
     wanted = torch.einsum("gnk,gtk->gtn", form(weights["weight"]), x) + form(weights["bias"])[:, None]
     torch.testing.assert_close(torch.func.functional_call(nn.Linear(10, 6), weights, x), wanted)
+
+
+def test_a_weight_of_two_names_stays_one():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    hyper = hk.HyperModel(model, hk.HyperNet({"0.weight": (6, 6)}))
+    assert [name for name, _ in hyper.model.named_parameters()] == ["0.bias", "2.bias"]
+    x, weight = torch.randn(3, 6), form(hyper.hypernet()["0.weight"])
+    wanted = F.linear(F.linear(x, weight, model[0].bias).relu(), weight, model[2].bias)
+    torch.testing.assert_close(hyper(x), wanted)
+    dense = hyper.to_dense()
+    assert dense[0].weight is dense[2].weight
+
+
+def test_under_autocast():
+    hyper = hk.HyperModel(model := Model(), hk.HyperNet(model, context_features=5, width=6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = hyper(torch.randn(2, 3, 14, 14), context=torch.randn(2, 5))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
 
 
 def test_compiled_without_a_break():
@@ -274,6 +294,7 @@ BAD = {
     "no targets": ({"targets": {}}, ValueError, "targets"),
     "no shape": ({"targets": {"a": (3, 0)}}, ValueError, "'a'"),
     "six dimensions": ({"targets": {"a": (2,) * 6}}, ValueError, "'a'"),
+    "a filter without a module": ({"filter_fn": lambda _layer, _name: True}, ValueError, "filter_fn"),
     "a number": ({"targets": 3}, TypeError, "targets"),
     "heads": ({"heads": "each"}, ValueError, "heads"),
     "init": ({"init": "zero"}, ValueError, "init"),

@@ -39,6 +39,8 @@ RUNS = {
     "W @ x": lambda w: w @ x.T,
     "W @ vector": lambda w: w @ x[0],
     "mm": lambda w: torch.mm(w, x.T),
+    "x @ W.mT": lambda w: x.view(3, 3, K) @ w.mT,
+    "transpose": lambda w: x @ w.transpose(0, 1),
     "addmm": lambda w: torch.addmm(torch.ones(B, N).double(), x, w.T),
     "W.T @ y": lambda w: w.T @ x[:N],
     "to": lambda w: F.linear(x.float(), w.to(torch.float32)).double(),
@@ -85,6 +87,20 @@ def test_what_forms_it_is_right_and_says_so_once(run):
         run(weight)
     got.sum().backward()
     assert weight.head.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("run", [lambda w: w.add_(1), lambda w: w.__setitem__(0, 1), lambda w: w.__imul__(2)])
+def test_it_is_not_changed_in_place(run):
+    with pytest.raises(RuntimeError, match="cannot be changed in place"):
+        run(make())
+
+
+def test_under_autocast():
+    weight = make(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = GeneratedWeight(weight.hidden.bfloat16(), weight.head, (N, K))
+        y = F.linear(x.float(), half)
+    assert y.dtype == half.dtype == torch.bfloat16
 
 
 def test_more_contexts_than_one_are_not_one_tensor():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ class HyperModel(nn.Module):
     """A model that runs with the weights that a hypernetwork generates, none of them formed.
 
     Args:
-        model: any module. The weights that are generated stop being its parameters, in place; whatever else it has
-            stays and learns on.
+        model: any module. The weights that are generated stop being its parameters, in place, under every name that
+            they have there; whatever else it has stays and learns on.
         hypernet: a `HyperNet` whose targets are parameters of `model`, by name and shape.
 
     Call:
@@ -40,29 +41,32 @@ class HyperModel(nn.Module):
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: got {type(value).__name__}, wanted a {kind.__name__}")
         own = dict(model.named_parameters(remove_duplicate=False))
+        names: dict[str, list[str]] = {}
         for name, target in hypernet.targets.items():
             if name not in own or tuple(own[name].shape) != target.shape:
                 got = list(own[name].shape) if name in own else "no such parameter"
                 raise ValueError(f"hypernet: wanted {name!r} {list(target.shape)} in the model, got {got}")
-        for name in hypernet.targets:
-            path, _, leaf = name.rpartition(".")
-            model.get_submodule(path).register_parameter(leaf, None)
-        self.model, self.hypernet = model, hypernet
+            names[name] = [other for other, parameter in own.items() if parameter is own[name]]
+        self.model, self.hypernet, self.names = model, hypernet, names
+        self._register(dict.fromkeys(names))
 
-    def forward(
-        self, *args: Any, context: Tensor | None = None, context_ids: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        weights = self.hypernet(context, context_ids)
-        return torch.func.functional_call(self.model, weights, args, kwargs)
+    def _register(self, values: Mapping[str, nn.Parameter | None]) -> None:
+        """Under every name that the model has for it."""
+        for name, value in values.items():
+            for path, _, leaf in (other.rpartition(".") for other in self.names[name]):
+                self.model.get_submodule(path).register_parameter(leaf, value)
+
+    def forward(self, *args: Any, context: Any = None, context_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        generated = self.hypernet(context, context_ids)
+        weights = {other: weight for name, weight in generated.items() for other in self.names[name]}
+        return torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=False)
 
     @torch.no_grad()
-    def to_dense(self, context: Tensor | None = None) -> nn.Module:
+    def to_dense(self, context: Any = None) -> nn.Module:
         """The model with the weights of one context formed, as its own parameters again, in place."""
         formed = {name: form(weight) for name, weight in self.hypernet(context).items()}
         for name, weight in formed.items():
             if tuple(weight.shape) != self.hypernet.targets[name].shape:
                 raise ValueError(f"context: got {weight.shape[0]} contexts, wanted one: a dense layer has one weight")
-        for name, weight in formed.items():
-            path, _, leaf = name.rpartition(".")
-            self.model.get_submodule(path).register_parameter(leaf, nn.Parameter(weight))
+        self._register({name: nn.Parameter(weight) for name, weight in formed.items()})
         return self.model

@@ -57,6 +57,8 @@ def find_targets(
                 if parameter is not None:
                     found[name], groups[name] = tuple(parameter.shape), getattr(module, "groups", 1)
     elif isinstance(targets, Mapping):
+        if filter_fn is not None or biases:
+            raise ValueError("filter_fn, biases: got one with {name: shape}, wanted them with a torch.nn.Module alone")
         found = dict(targets)
     else:
         raise TypeError(f"targets: got {type(targets).__name__}, wanted {{name: shape}} or a torch.nn.Module")
