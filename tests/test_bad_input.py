@@ -185,7 +185,7 @@ def test_contexts_of_a_layer():
         layer(x, torch.ones(5, 3).long())
     with pytest.raises(TypeError, match="z: got list"), hk.context([1.0]):
         layer(x)
-    with pytest.raises(ValueError, match="context: this layer is static"):
+    with pytest.raises(ValueError, match="context: this hypernetwork is static"):
         hk.HyperLinear(8, 8, width=4)(x, torch.randn(5, 3))
 
 

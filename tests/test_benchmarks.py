@@ -91,11 +91,11 @@ def test_make_gpu_runs_end_to_end_without_one(tmp_path):
 
 
 def test_scaling_runs_and_saves(tmp_path):
-    given = ("--least", "1e4", "--most", "1e5", "--output", tmp_path / "scaling.json")
+    given = ("--least", "1e5", "--most", "1e5", "--output", tmp_path / "scaling.json")
     result = run("benchmarks/scaling.py", *given)
     assert result.returncode == 0, result.stdout + result.stderr
     points = json.loads((tmp_path / "scaling.json").read_text())["points"]
-    assert [point["how"] for point in points] == ["hyperkernels", "weights formed"] * 3
+    assert [point["how"] for point in points] == ["hyperkernels", "weights formed"]
     assert all(point["peak_mib"] > 0 for point in points)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
