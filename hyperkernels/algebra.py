@@ -6,104 +6,15 @@ P `[m, rows*cols]`: `m x m` matrices in the place of weights. All is differentia
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from math import prod
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from hyperkernels.chunking import Grid
+from hyperkernels import matrices
 from hyperkernels.functional import hyper_linear
-from hyperkernels.hidden import AdditiveHidden
+from hyperkernels.matrices import Matrix
 from hyperkernels.weight import GeneratedWeight
-
-
-class Matrix(NamedTuple):
-    """A generated weight as a matrix: hidden `[G, I, J, m]`, head `[m, rows, cols]` or `[I*J, m, rows, cols]`, the
-    positions of a kernel among its columns, and a head_bias among its heads; and a key of what the head is made of."""
-
-    hidden: Tensor
-    head: Tensor
-    grid: Grid
-    key: tuple[int, ...]
-
-    @classmethod
-    def of(cls, weight: GeneratedWeight, name: str = "weight") -> Matrix:
-        if not isinstance(weight, GeneratedWeight):
-            raise TypeError(f"{name}: got {type(weight).__name__}, wanted a GeneratedWeight")
-        hidden = weight.hidden
-        dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
-        dense = dense if dense.dim() == 4 else dense[None]
-        N, K, *kernel = (*weight.shape, 1) if weight.dim() == 1 else weight.shape
-        per_chunk = weight.head.dim() == 4 + len(kernel)
-        first = per_chunk + 2
-        head, bias = weight.head.flatten(first), weight.settings["head_bias"]
-        key = (id(weight.head), id(bias))
-        if bias is not None:
-            bias = bias.flatten(bias.dim() - 1 - len(kernel))
-            if bias.dim() == 3 and not per_chunk:
-                head = head.expand(len(bias), *head.shape)
-            width = head.dim() - 3
-            bias = bias.expand(*head.shape[:width], *bias.shape[-2:]).unsqueeze(width)
-            head = torch.cat([head, bias], width)
-            dense = torch.cat([dense, torch.ones_like(dense[..., :1])], -1)
-        rows, cols = head.shape[-2:]
-        scaled = weight.scale * dense if weight.scale != 1 else dense
-        return cls(scaled, head, Grid(N, K * prod(kernel), rows, cols), key)
-
-
-class Part(NamedTuple):
-    """Chunks that are cropped alike: hidden `[G, C, m]`, what is left of the head, `[m, n]` or `[C, m, n]`, and a key
-    that is equal where that is."""
-
-    hidden: Tensor
-    head: Tensor
-    key: tuple[int, ...]
-
-
-def _parts(matrix: Matrix) -> Iterator[Part]:
-    """The whole chunks, the last row of chunks, the last column, and the corner, where they are cropped."""
-    hidden, head, grid, of = matrix
-    I, J = grid.I, grid.J
-    for i, r in _cropped_alike(I, grid.rows, grid.out_features):
-        for j, q in _cropped_alike(J, grid.cols, grid.in_features):
-            own = head.unflatten(0, (I, J))[i, j].flatten(0, 1) if head.dim() == 4 else head
-            key = (*of, r, q, *((i.start, j.start) if head.dim() == 4 else ()))
-            yield Part(hidden[:, i, j].flatten(1, 2), own[..., :r, :q].flatten(-2), key)
-
-
-def _cropped_alike(count: int, size: int, extent: int) -> list[tuple[slice, int]]:
-    """Which of `count` chunks have how many of `size` rows left, or columns."""
-    last = extent - (count - 1) * size
-    if last == size:
-        return [(slice(0, count), size)]
-    return [(slice(0, count - 1), size)] * (count > 1) + [(slice(count - 1, count), last)]
-
-
-def _mixed(hidden: Tensor, grams: Tensor) -> Tensor:
-    """Hidden `[G, C, m]` times `[m, m']`, or one for each chunk."""
-    return torch.einsum("gcm,cmn->gcn", hidden, grams) if grams.dim() == 3 else hidden @ grams
-
-
-def _pairs(a: Matrix, b: Matrix) -> Iterator[tuple[Tensor, Tensor]]:
-    """`<W, W'>` is the sum over these of their products: `[G, C*m']` of a, and of b."""
-    for left, right in zip(_parts(a), _parts(b)):
-        yield _mixed(left.hidden, left.head @ right.head.mT).flatten(1), right.hidden.flatten(1)
-
-
-def _sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
-    """`sum_l ||M_l||^2`, `[G]`: of chunks that read the same head `P P^T` is made once."""
-    groups: dict[tuple[int, ...], list[Part]] = {}
-    for matrix in matrices:
-        for part in _parts(matrix):
-            groups.setdefault(part.key, []).append(part)
-    found = []
-    for parts in groups.values():
-        head = parts[0].head
-        hidden = torch.cat([part.hidden for part in parts], 1) if len(parts) > 1 else parts[0].hidden
-        found.append((_mixed(hidden, head @ head.mT) * hidden).sum((1, 2)))
-    return torch.stack(found).sum(0).clamp_min(0)
 
 
 def _matrices(a: GeneratedWeight, b: GeneratedWeight) -> tuple[Matrix, Matrix]:
@@ -141,7 +52,7 @@ def gram(a: GeneratedWeight, b: GeneratedWeight | None = None) -> Tensor:
         torch.Size([5, 5])
     """
     left, right = _matrices(a, a if b is None else b)
-    return torch.stack([u @ v.T for u, v in _pairs(left, right)]).sum(0)
+    return torch.stack([u @ v.T for u, v in matrices.pairs(left, right)]).sum(0)
 
 
 def inner(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
@@ -156,14 +67,8 @@ def inner(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
         tensor(56.)
     """
     left, right = _matrices(a, b)
-    found = _inner(left, right)
+    found = matrices.inner(left, right)
     return found if _contexts(a) or _contexts(b) else found[0]
-
-
-def _inner(left: Matrix, right: Matrix) -> Tensor:
-    if min(len(left.hidden), len(right.hidden)) > 1 and len(left.hidden) != len(right.hidden):
-        raise ValueError(f"b: got {len(right.hidden)} contexts, wanted a's {len(left.hidden)}, or one")
-    return torch.stack([(u * v).sum(1) for u, v in _pairs(left, right)]).sum(0)
 
 
 def norm(a: GeneratedWeight) -> Tensor:
@@ -176,8 +81,8 @@ def chunk_norms(a: GeneratedWeight) -> Tensor:
     matrix = Matrix.of(a, "a")
     I, J = matrix.grid.I, matrix.grid.J
     found = matrix.hidden.new_empty(len(matrix.hidden), I, J)
-    for i, r in _cropped_alike(I, matrix.grid.rows, matrix.grid.out_features):
-        for j, q in _cropped_alike(J, matrix.grid.cols, matrix.grid.in_features):
+    for i, r in matrices.cropped_alike(I, matrix.grid.rows, matrix.grid.out_features):
+        for j, q in matrices.cropped_alike(J, matrix.grid.cols, matrix.grid.in_features):
             head = matrix.head.unflatten(0, (I, J))[i, j] if matrix.head.dim() == 4 else matrix.head
             own = head[..., :r, :q].flatten(-2)
             grams = (own @ own.mT).expand(*matrix.hidden[0, i, j].shape, -1)
@@ -192,25 +97,8 @@ def squared_distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
     weights that nearly agree lose no digits to each other. Arguments and errors as for `inner`.
     """
     left, right = _matrices(a, b)
-    found = _squared_distances([(left, right)])
+    found = matrices.squared_distances([(left, right)])
     return found if _contexts(a) or _contexts(b) else found[0]
-
-
-def _squared_distances(pairs: Iterable[tuple[Matrix, Matrix]]) -> Tensor:
-    """`sum_l ||W_l - W'_l||^2`, `[G]`; heads that are the same are told apart once."""
-    found, differences, heads = [], [], {}
-    for left, right in pairs:
-        if left.head.shape != right.head.shape:
-            found.append(_inner(left, left) + _inner(right, right) - 2 * _inner(left, right))
-            continue
-        key = (*left.key, *right.key)
-        if key not in heads:
-            heads[key] = torch.cat([left.head, left.head - right.head], left.head.dim() - 3)
-        own, others = torch.broadcast_tensors(left.hidden, right.hidden)
-        differences.append(Matrix(torch.cat([own - others, others], -1), heads[key], left.grid, key))
-    if differences:
-        found.append(_sum_of_squares(differences))
-    return torch.stack(found).sum(0).clamp_min(0)
 
 
 def distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
@@ -281,7 +169,7 @@ def output_regularizer(weights: Mapping[str, GeneratedWeight], earlier: Mapping[
     """
     if weights.keys() != earlier.keys():
         raise ValueError(f"earlier: got {sorted(earlier)}, wanted {sorted(weights)}")
-    return _squared_distances([_matrices(weights[name], earlier[name]) for name in weights]).mean()
+    return matrices.squared_distances([_matrices(weights[name], earlier[name]) for name in weights]).mean()
 
 
 def weight_decay(weights: Mapping[str, GeneratedWeight]) -> Tensor:
@@ -319,5 +207,5 @@ def clip_gradients_(
 
 def total_norm(weights: Mapping[str, GeneratedWeight]) -> Tensor:
     """`sqrt(sum_l ||W_l||^2)` over all that a hypernetwork generates: `[G]`, or a number."""
-    found = _root(_sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()]))
+    found = _root(matrices.sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()]))
     return found if any(map(_contexts, weights.values())) else found[0]
