@@ -269,6 +269,26 @@ def test_compiled_without_a_break():
     assert error(compiled(x, context=z), hyper(x, context=z).detach()).max < 1e-12
 
 
+@pytest.mark.parametrize("strategy", ["once", "multi_head"])
+def test_large_heads_are_read_where_they_lie(strategy):
+    net = hk.HyperNet(
+        {"a": (600, 500), "b": (500, 600)}, context_features=3, width=8, strategy=strategy, chunk=(60, 50)
+    )
+    x, z = torch.randn(2, 500), torch.randn(2, 3)
+
+    def run():
+        weights = net(z)
+        return F.linear(F.linear(x, weights["a"]), weights["b"])
+
+    hk.set_workspace_mib(1)
+    try:
+        with torch.no_grad():
+            run()
+            assert peak_bytes(run) < net.heads[0].numel() * 4 / 3
+    finally:
+        hk.set_workspace_mib(64)
+
+
 def test_no_weight_is_formed_for_any_context():
     hyper, x, z = hyper_model(chunk=(4, 4)), torch.randn(64, 3, 14, 14).double(), torch.randn(64, 5).double()
     one = sum(w.numel() for w in hyper.hypernet(z[:1]).values()) * 8

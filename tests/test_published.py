@@ -100,7 +100,7 @@ def test_the_published_count_of_three_million_weights():
 def check_von_oswald(targets, layers, task, chunk, size, tasks, chunks, count):
     net = hk.HyperNet(
         targets,
-        biases=True,
+        biases=isinstance(targets, nn.Module),
         layout="flat",
         chunk=size,
         width=layers[-1],

@@ -144,6 +144,7 @@ class HyperNet(nn.Module):
         self.head_of, sizes = self._heads(heads or ("layer" if strategy in ("once", "multi_head") else "shared"))
         self.heads = nn.ParameterList(torch.empty(*lead, width, size, **factory) for *lead, size in sizes)
         self.head_biases = nn.ParameterList(torch.empty(size, **factory) for size in sizes * head_bias)
+        self._head_scales = [1.0] * len(sizes) if flat or descriptors else self._scales_into_heads()
         self.reset_parameters()
 
     def _cut(self, shapes: dict[str, tuple[tuple[int, ...], int]]) -> dict[str, Target]:
@@ -179,10 +180,22 @@ class HyperNet(nn.Module):
             sizes[head_of[name]] = max(sizes[head_of[name]], (*lead, prod(target.chunk)))
         return head_of, sizes
 
+    def _scales_into_heads(self) -> list[float]:
+        """Of a head whose targets have one scale, which starts with it: a large head of one target is not multiplied in
+        every call."""
+        scales: list[set[float]] = [set() for _ in self.heads]
+        for name, target in self.targets.items():
+            scales[self.head_of[name]].add(target.scale)
+        own = [found.pop() if len(found) == 1 else 1.0 for found in scales]
+        for name, target in self.targets.items():
+            if own[self.head_of[name]] == target.scale:
+                self.targets[name] = target._replace(scale=1.0)
+        return own
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """New embeddings, and heads such that what they generate, before it is scaled, has unit variance; the trunk and
-        the encoder stay."""
+        """New embeddings, and heads such that what they generate, before it is scaled, has unit variance, or the one of
+        their only target; the trunk and the encoder stay."""
         if self.embedding is not None:
             nn.init.normal_(self.embedding)
 
@@ -190,8 +203,8 @@ class HyperNet(nn.Module):
             return self._hidden(self.targets, context)
 
         std = (self.width * hidden_second_moment(hidden, self.context_features, self.heads[0])).rsqrt()
-        for head in self.heads:
-            head.normal_().mul_(std.to(head.dtype))
+        for head, scale in zip(self.heads, self._head_scales):
+            head.normal_().mul_(scale * std.to(head.dtype))
         for bias in self.head_biases:
             bias.zero_()
 
