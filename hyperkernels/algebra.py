@@ -2,30 +2,32 @@
 
 `W = sum_k hidden[:, :, k] (x) head[k]`, so that `<W, W'> = sum_{k,l} (H^T H')[k,l] (P P'^T)[k,l]` with H `[I*J, m]` and
 P `[m, rows*cols]`: `m x m` matrices in the place of weights. All is differentiable in hidden, head and head_bias.
+Weights in chunks of a flat vector are taken as well, except by `chunk_norms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hyperkernels import matrices
+from hyperkernels.chunking import Grid
+from hyperkernels.flat import FlatWeight
 from hyperkernels.functional import hyper_linear
 from hyperkernels.matrices import Matrix
-from hyperkernels.weight import GeneratedWeight
+from hyperkernels.weight import AbsentWeight, shape_of
 
 
-def _matrices(a: GeneratedWeight, b: GeneratedWeight) -> tuple[Matrix, Matrix]:
+def _matrices(a: AbsentWeight, b: AbsentWeight) -> tuple[Matrix, Matrix]:
     left, right = Matrix.of(a, "a"), Matrix.of(b, "b")
-    if left.grid != right.grid:
-        raise ValueError(f"b: got chunks of {right.grid}, wanted a's {left.grid}")
+    if left.cut != right.cut:
+        raise ValueError(f"b: got chunks of {right.cut}, wanted a's {left.cut}")
     return left, right
-
-
-def _contexts(weight: GeneratedWeight) -> bool:
-    return len(weight.hidden.shape) == 4 and weight.hidden.shape[0] > 1
 
 
 def _root(square: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def _root(square: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
 
 
-def gram(a: GeneratedWeight, b: GeneratedWeight | None = None) -> Tensor:
+def gram(a: AbsentWeight, b: AbsentWeight | None = None) -> Tensor:
     """`<W_g, W'_h>` for every context g of a and h of b, which is a by default: `[G, G']`.
 
     Args:
@@ -55,7 +57,7 @@ def gram(a: GeneratedWeight, b: GeneratedWeight | None = None) -> Tensor:
     return torch.stack([u @ v.T for u, v in matrices.pairs(left, right)]).sum(0)
 
 
-def inner(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
+def inner(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`<W_g, W'_g> = sum_{n,k} W_g[n,k] W'_g[n,k]`, context by context: `[G]`, or a number where each has one.
 
     Arguments, memory and errors are those of `gram`; of one context and many the one is taken with each.
@@ -68,21 +70,24 @@ def inner(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
     """
     left, right = _matrices(a, b)
     found = matrices.inner(left, right)
-    return found if _contexts(a) or _contexts(b) else found[0]
+    return found if max(a.contexts, b.contexts) > 1 else found[0]
 
 
-def norm(a: GeneratedWeight) -> Tensor:
+def norm(a: AbsentWeight) -> Tensor:
     """`||W_g||`, the Frobenius norm: `[G]`, or a number. Its square, summed, is weight decay on what is generated."""
     return _root(inner(a, a))
 
 
-def chunk_norms(a: GeneratedWeight) -> Tensor:
+def chunk_norms(a: AbsentWeight) -> Tensor:
     """`||W_g[i, j]||` of every chunk, `[G, I, J]`: `sqrt(h^T (P P^T) h)`, cropped edges left out exactly."""
     matrix = Matrix.of(a, "a")
-    I, J = matrix.grid.I, matrix.grid.J
+    grid = matrix.cut
+    if not isinstance(grid, Grid):
+        raise ValueError(f"a: got {grid}, wanted chunks that are blocks of the weight")
+    I, J = grid.I, grid.J
     found = matrix.hidden.new_empty(len(matrix.hidden), I, J)
-    for i, r in matrices.cropped_alike(I, matrix.grid.rows, matrix.grid.out_features):
-        for j, q in matrices.cropped_alike(J, matrix.grid.cols, matrix.grid.in_features):
+    for i, r in matrices.cropped_alike(I, grid.rows, grid.out_features):
+        for j, q in matrices.cropped_alike(J, grid.cols, grid.in_features):
             head = matrix.head.unflatten(0, (I, J))[i, j] if matrix.head.dim() == 4 else matrix.head
             own = head[..., :r, :q].flatten(-2)
             grams = (own @ own.mT).expand(*matrix.hidden[0, i, j].shape, -1)
@@ -90,7 +95,7 @@ def chunk_norms(a: GeneratedWeight) -> Tensor:
     return _root(found)
 
 
-def squared_distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
+def squared_distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`||W_g - W'_g||^2`, context by context: `[G]`, or a number.
 
     Of equal widths the difference is `sum_k (h_k - h'_k) (x) p_k + h'_k (x) (p_k - p'_k)`, a generated weight as well:
@@ -98,20 +103,20 @@ def squared_distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
     """
     left, right = _matrices(a, b)
     found = matrices.squared_distances([(left, right)])
-    return found if _contexts(a) or _contexts(b) else found[0]
+    return found if max(a.contexts, b.contexts) > 1 else found[0]
 
 
-def distance(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
+def distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`||W_g - W'_g||`, context by context: `[G]`, or a number. As `squared_distance`."""
     return _root(squared_distance(a, b))
 
 
-def cosine(a: GeneratedWeight, b: GeneratedWeight) -> Tensor:
+def cosine(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`<W_g, W'_g> / (||W_g|| ||W'_g||)`, context by context: `[G]`, or a number. As `inner`."""
     return inner(a, b) / (norm(a) * norm(b)).clamp_min(torch.finfo(a.dtype).tiny)
 
 
-def spectral_norm(a: GeneratedWeight, iterations: int = 20) -> Tensor:
+def spectral_norm(a: AbsentWeight, iterations: int = 20) -> Tensor:
     """The largest singular value of `W_g` as a matrix `[N, K * positions]`: `[G]`, or a number.
 
     By power iteration, each round two contractions, `v <- W^T W v / ||W^T W v||`, from the same vector in every call;
@@ -128,23 +133,39 @@ def spectral_norm(a: GeneratedWeight, iterations: int = 20) -> Tensor:
     """
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations: got {iterations!r}, wanted a positive integer")
-    hidden, head, grid, _ = Matrix.of(a)
-    N, K = grid.out_features, grid.in_features
+    along, back, K = _products(a)
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(K, generator=generator, dtype=torch.float64).to(head)
-    turned = head.mT
-    if head.dim() == 4:  # one for each chunk: they move with the chunks
-        turned = turned.unflatten(0, (grid.I, grid.J)).transpose(0, 1).flatten(0, 1)
+    v = torch.randn(K, generator=generator, dtype=torch.float64).to(a.head).expand(a.contexts, 1, K)
     with torch.no_grad():
-        v = start.expand(len(hidden), 1, K)
         for _ in range(iterations):
-            u = hyper_linear(v, hidden, head, out_features=N)
-            v = torch.nn.functional.normalize(hyper_linear(u, hidden.transpose(1, 2), turned, out_features=K), dim=-1)
-    found = hyper_linear(v, hidden, head, out_features=N).norm(dim=-1)[:, 0]
-    return found if _contexts(a) else found[0]
+            v = F.normalize(back(along(v)), dim=-1)
+    found = along(v).norm(dim=-1)[:, 0]
+    return found if a.contexts > 1 else found[0]
 
 
-def output_regularizer(weights: Mapping[str, GeneratedWeight], earlier: Mapping[str, GeneratedWeight]) -> Tensor:
+def _products(a: AbsentWeight) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]:
+    """`v -> W v` and `u -> W^T u`, of a context's entry each, and how long v is."""
+    if not isinstance(a, FlatWeight):
+        hidden, head, cut, _ = Matrix.of(a, "a")
+        assert isinstance(cut, Grid)
+        N, K, turned = cut.out_features, cut.in_features, head.mT
+        if head.dim() == 4:  # one for each chunk: they move with the chunks
+            turned = turned.unflatten(0, (cut.I, cut.J)).transpose(0, 1).flatten(0, 1)
+        back = partial(hyper_linear, hidden=hidden.transpose(1, 2), head=turned, out_features=K)
+        return partial(hyper_linear, hidden=hidden, head=head, out_features=N), back, K
+    N, K = shape_of(a)[0], prod(shape_of(a)[1:])
+    given = {"head_bias": a.settings["head_bias"], "scale": a.scale}
+    along = partial(F.linear, weight=FlatWeight(a.hidden, a.head, (N, K), a.start, **given))
+
+    @torch.enable_grad()
+    def back_through(u: Tensor) -> Tensor:
+        v = u.new_zeros(len(u), 1, K, requires_grad=True)
+        return torch.autograd.grad(along(v), v, u)[0]
+
+    return along, back_through, K
+
+
+def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str, AbsentWeight]) -> Tensor:
     """`mean_g sum_l ||W_l(z_g) - W*_l(z_g)||^2`: how far what is generated for earlier tasks has moved from what was.
 
     Args:
@@ -172,15 +193,13 @@ def output_regularizer(weights: Mapping[str, GeneratedWeight], earlier: Mapping[
     return matrices.squared_distances([_matrices(weights[name], earlier[name]) for name in weights]).mean()
 
 
-def weight_decay(weights: Mapping[str, GeneratedWeight]) -> Tensor:
+def weight_decay(weights: Mapping[str, AbsentWeight]) -> Tensor:
     """`mean_g sum_l ||W_l(z_g)||^2`: the L2 penalty on what is generated, a number."""
     return total_norm(weights).square().mean()
 
 
 @torch.no_grad()
-def clip_gradients_(
-    parameters: Iterable[Tensor], weights: Mapping[str, GeneratedWeight], limit: float = 0.01
-) -> Tensor:
+def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWeight], limit: float = 0.01) -> Tensor:
     """Scale gradients in place so that `||g|| <= limit * ||W||`: no step is large beside what is generated.
 
     Args:
@@ -205,7 +224,7 @@ def clip_gradients_(
     return found
 
 
-def total_norm(weights: Mapping[str, GeneratedWeight]) -> Tensor:
+def total_norm(weights: Mapping[str, AbsentWeight]) -> Tensor:
     """`sqrt(sum_l ||W_l||^2)` over all that a hypernetwork generates: `[G]`, or a number."""
     found = _root(matrices.sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()]))
-    return found if any(map(_contexts, weights.values())) else found[0]
+    return found if any(weight.contexts > 1 for weight in weights.values()) else found[0]

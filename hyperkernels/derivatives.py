@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from hyperkernels.call import SLOTS, Call, result_names, slot_of
 from hyperkernels.hidden import ACTIVATIONS, additive_pre
 from hyperkernels.operators import FACTORS, contract
+from hyperkernels.watched import transformed
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,8 @@ def partials(settings: Settings, context_ids: Tensor | None, *factors: Tensor | 
 
 def _unrecorded(factors: Sequence[Tensor | None]) -> bool:
     """Whether nobody will ask for a derivative: an autograd Function costs more than a small call."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in factors))
-    )
+    recorded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in factors)
+    return not (recorded or transformed())
 
 
 class Partials(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -75,29 +75,39 @@ class FlatWeight(AbsentWeight):
         weight.settings = {"head_bias": head_bias, "context_ids": context_ids}
         return weight
 
+    def hidden_of(self, first: int, last: int) -> Tensor:
+        """Of chunks first to last, `[G, last - first, m]`."""
+        hidden = self.hidden
+        if isinstance(hidden, AdditiveHidden):
+            return AdditiveHidden(hidden.context, hidden.chunks[first:last], hidden.activation).materialize()[:, :, 0]
+        return hidden[..., first:last, :] if hidden.dim() == 3 else hidden[None, first:last]
+
 
 def _chunks(hidden: Tensor | AdditiveHidden) -> int:
     return hidden.shape[1] if isinstance(hidden, AdditiveHidden) else hidden.shape[-2]
 
 
-def _span(weight: FlatWeight, begin: int, end: int) -> Tensor:
-    """Numbers of the weight, `[G, end - begin]`: of the first and last chunk no more than they have of it."""
-    size = weight.head.shape[1]
-    begin, end = begin + weight.start, end + weight.start
+def stretches(begin: int, end: int, size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Numbers `begin` to `end` of a vector in chunks of `size`, as `(first, last, a, b)`: of chunks first to last those
+    from a to b. What is cut of the first chunk and of the last stands apart.
+
+    >>> list(stretches(5, 23, 6))
+    [(0, 1, 5, 6), (1, 3, 0, 6), (3, 4, 0, 5)]
+    """
     first, last = begin // size, ceil_div(end, size)
     cuts = [begin] + [c * size for c in sorted({first + 1, last - 1}) if begin < c * size < end] + [end]
-    pieces = []
     for a, b in pairwise(cuts):
         c, own = a // size, ceil_div(b, size)
-        hidden = weight.hidden
-        if isinstance(hidden, AdditiveHidden):
-            part = AdditiveHidden(hidden.context, hidden.chunks[c:own], hidden.activation).materialize()[:, :, 0]
-        else:
-            part = hidden[..., c:own, :] if hidden.dim() == 3 else hidden[None, c:own]
-        columns = slice(a - c * size, b - c * size) if own == c + 1 else slice(None)
-        piece = part @ weight.head[:, columns]
+        yield (c, own, a - c * size, b - c * size) if own == c + 1 else (c, own, 0, size)
+
+
+def _span(weight: FlatWeight, begin: int, end: int) -> Tensor:
+    """Numbers of the weight, `[G, end - begin]`: of the first and last chunk no more than they have of it."""
+    pieces = []
+    for first, last, a, b in stretches(begin + weight.start, end + weight.start, weight.head.shape[1]):
+        piece = weight.hidden_of(first, last) @ weight.head[:, a:b]
         if weight.settings["head_bias"] is not None:
-            piece = piece + weight.settings["head_bias"][columns]
+            piece = piece + weight.settings["head_bias"][a:b]
         pieces.append(piece.flatten(1))
     return weight.scale * torch.cat(pieces, 1)
 

@@ -1,4 +1,4 @@
-"""Generated weights as matrices, and sums over their chunks by `m x m` matrices: what `algebra` is made of."""
+"""Generated weights cut into their chunks, and sums over those by `m x m` matrices: what `algebra` is made of."""
 
 from __future__ import annotations
 
@@ -9,32 +9,50 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperkernels.chunking import Grid
+from hyperkernels.chunking import Grid, ceil_div
+from hyperkernels.flat import FlatWeight, stretches
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.weight import GeneratedWeight
+from hyperkernels.watched import transformed
+from hyperkernels.weight import AbsentWeight
+
+
+class Stretch(NamedTuple):
+    """Numbers `start` to `end` of a vector in chunks of `size`: how a `FlatWeight` lies in them."""
+
+    start: int
+    end: int
+    size: int
 
 
 class Matrix(NamedTuple):
-    """A generated weight as a matrix: hidden `[G, I, J, m]`, head `[m, rows, cols]` or `[I*J, m, rows, cols]`, the
-    positions of a kernel among its columns, and a head_bias among its heads; and a key of what the head is made of."""
+    """A generated weight, its scale and head_bias among its factors: hidden `[G, I, J, m]`, head `[m, rows, cols]` or
+    `[I*J, m, rows, cols]`, the positions of a kernel among its columns; and a key of what the head is made of. Of a
+    stretch of a vector the chunks are a row, hidden `[G, 1, C, m]` and head `[m, 1, size]`."""
 
     hidden: Tensor
     head: Tensor
-    grid: Grid
+    cut: Grid | Stretch
     key: tuple[int, ...]
 
     @classmethod
-    def of(cls, weight: GeneratedWeight, name: str = "weight") -> Matrix:
-        if not isinstance(weight, GeneratedWeight):
+    def of(cls, weight: AbsentWeight, name: str = "weight") -> Matrix:
+        if not isinstance(weight, AbsentWeight):
             raise TypeError(f"{name}: got {type(weight).__name__}, wanted a GeneratedWeight")
-        hidden = weight.hidden
-        dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
-        dense = dense if dense.dim() == 4 else dense[None]
-        N, K, *kernel = (*weight.shape, 1) if weight.dim() == 1 else weight.shape
-        per_chunk = weight.head.dim() == 4 + len(kernel)
-        first = per_chunk + 2
-        head, bias = weight.head.flatten(first), weight.settings["head_bias"]
-        key = (id(weight.head), id(bias))
+        head, bias = weight.head, weight.settings["head_bias"]
+        if isinstance(weight, FlatWeight):
+            start, end, size = weight.start, weight.start + weight.numel(), head.shape[-1]
+            first = start // size
+            hidden = weight.hidden_of(first, ceil_div(end, size))[:, None]
+            head, bias = head[:, None], None if bias is None else bias[None]
+            cut, per_chunk, kernel = Stretch(start - first * size, end - first * size, size), False, []
+        else:
+            hidden = weight.hidden.materialize() if isinstance(weight.hidden, AdditiveHidden) else weight.hidden
+            N, K, *kernel = (*weight.shape, 1) if weight.dim() == 1 else weight.shape
+            per_chunk = head.dim() == 4 + len(kernel)
+            head = head.flatten(per_chunk + 2)
+            cut = Grid(N, K * prod(kernel), *head.shape[-2:])
+            hidden = hidden if hidden.dim() == 4 else hidden[None]
+        key = (id(weight.head), id(weight.settings["head_bias"]))
         if bias is not None:
             bias = bias.flatten(bias.dim() - 1 - len(kernel))
             if bias.dim() == 3 and not per_chunk:
@@ -42,10 +60,8 @@ class Matrix(NamedTuple):
             width = head.dim() - 3
             bias = bias.expand(*head.shape[:width], *bias.shape[-2:]).unsqueeze(width)
             head = torch.cat([head, bias], width)
-            dense = torch.cat([dense, torch.ones_like(dense[..., :1])], -1)
-        rows, cols = head.shape[-2:]
-        scaled = weight.scale * dense if weight.scale != 1 else dense
-        return cls(scaled, head, Grid(N, K * prod(kernel), rows, cols), key)
+            hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
+        return cls(weight.scale * hidden if weight.scale != 1 else hidden, head, cut, key)
 
 
 class Part(NamedTuple):
@@ -58,11 +74,16 @@ class Part(NamedTuple):
 
 
 def parts_of(matrix: Matrix) -> Iterator[Part]:
-    """The whole chunks, the last row of chunks, the last column, and the corner, where they are cropped."""
-    hidden, head, grid, of = matrix
-    I, J = grid.I, grid.J
-    for i, r in cropped_alike(I, grid.rows, grid.out_features):
-        for j, q in cropped_alike(J, grid.cols, grid.in_features):
+    """The whole chunks, the last row of chunks, the last column, and the corner, where they are cropped; of a stretch
+    the first chunk, where it begins within one, the whole ones and the last."""
+    hidden, head, cut, of = matrix
+    if isinstance(cut, Stretch):
+        for first, last, begin, end in stretches(*cut):
+            yield Part(hidden[:, 0, first:last], head[:, 0, begin:end], (*of, begin, end))
+        return
+    I, J = cut.I, cut.J
+    for i, r in cropped_alike(I, cut.rows, cut.out_features):
+        for j, q in cropped_alike(J, cut.cols, cut.in_features):
             own = head.unflatten(0, (I, J))[i, j].flatten(0, 1) if head.dim() == 4 else head
             key = (*of, r, q, *((i.start, j.start) if head.dim() == 4 else ()))
             yield Part(hidden[:, i, j].flatten(1, 2), own[..., :r, :q].flatten(-2), key)
@@ -97,8 +118,35 @@ def sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
     for parts in groups.values():
         head = parts[0].head
         hidden = torch.cat([part.hidden for part in parts], 1) if len(parts) > 1 else parts[0].hidden
-        found.append((mixed(hidden, head @ head.mT) * hidden).sum((1, 2)))
+        found.append((squares if transformed() else Squares.apply)(hidden, head))
     return torch.stack(found).sum(0).clamp_min(0)
+
+
+def squares(hidden: Tensor, head: Tensor) -> Tensor:
+    """`sum_c h_c P P^T h_c^T` of every context, `[G]`."""
+    return (mixed(hidden, head @ head.mT) * hidden).sum((1, 2))
+
+
+class Squares(torch.autograd.Function):
+    """`squares`, whose backward knows that `P P^T` and `H^T H` are symmetric: half the products."""
+
+    @staticmethod
+    def forward(ctx, hidden, head):
+        through = mixed(hidden, head @ head.mT)
+        ctx.save_for_backward(hidden, head, through)
+        return (through * hidden).sum((1, 2))
+
+    @staticmethod
+    def backward(ctx, d):
+        hidden, head, through = ctx.saved_tensors
+        needs, factors = ctx.needs_input_grad, (hidden, head)
+        if torch.is_grad_enabled():  # this is to be differentiated again
+            wanted = [factor for factor, needed in zip(factors, needs) if needed]
+            found = iter(torch.autograd.grad(squares(*factors), wanted, d, create_graph=True))
+            return tuple(next(found) if needed else None for needed in needs)
+        d = 2 * d[:, None, None]
+        turned = "gcm,gcn->cmn" if head.dim() == 3 else "gcm,gcn->mn"
+        return d * through if needs[0] else None, torch.einsum(turned, d * hidden, hidden) @ head if needs[1] else None
 
 
 def inner(left: Matrix, right: Matrix) -> Tensor:
@@ -118,7 +166,7 @@ def squared_distances(couples: Iterable[tuple[Matrix, Matrix]]) -> Tensor:
         if key not in heads:
             heads[key] = torch.cat([left.head, left.head - right.head], left.head.dim() - 3)
         own, others = torch.broadcast_tensors(left.hidden, right.hidden)
-        differences.append(Matrix(torch.cat([own - others, others], -1), heads[key], left.grid, key))
+        differences.append(Matrix(torch.cat([own - others, others], -1), heads[key], left.cut, key))
     if differences:
         found.append(sum_of_squares(differences))
     return torch.stack(found).sum(0).clamp_min(0)

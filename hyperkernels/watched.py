@@ -1,9 +1,10 @@
-"""Whether torch would do more with an operator than run it."""
+"""Whether torch would do more with an operator than run it, or with an autograd Function than record it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def _keys(*names: str) -> int:
@@ -27,3 +28,10 @@ def watched(*tensors: Tensor | None) -> bool:
         if value is not None:
             keys |= torch._C._dispatch_keys(value).raw_repr()
     return bool(keys & ~_UNSEEING) or torch.autograd.profiler._is_profiler_enabled
+
+
+def transformed() -> bool:
+    """Whether the compiler, a transform of `torch.func` or forward mode looks on."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )

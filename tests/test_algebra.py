@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 import hyperkernels as hk
 from hyperkernels import algebra
@@ -64,6 +64,44 @@ def test_equal_to_what_the_weights_formed_give(shape, form):
     torch.testing.assert_close(algebra.spectral_norm(a, 400), spectral[0] if one else spectral, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("form", ["shared", "contexts", "additive", "head_bias"])
+@pytest.mark.parametrize(
+    ("shape", "start"), [((12, 10), 0), ((11, 13), 5), ((3, 2), 8), ((5, 3, 2, 2), 30), ((40,), 7)]
+)
+def test_equal_for_stretches_of_a_flat_vector(shape, start, form):
+    def draw(*size):
+        return torch.randn(size, dtype=torch.float64)
+
+    def make():
+        hidden = draw(*(() if form == "shared" else (3,)), 10, 4)
+        if form == "additive":
+            hidden = hk.AdditiveHidden(draw(3, 4), draw(10, 1, 4), "tanh")
+        return hk.FlatWeight(hidden, draw(4, 17), shape, start, head_bias=draw(17) if "bias" in form else None, scale=2)
+
+    a, b = make(), make()
+    w, v = flat(a), flat(b)
+    first = (lambda value: value[0]) if form == "shared" else (lambda value: value)
+    torch.testing.assert_close(algebra.gram(a, b), w @ v.T)
+    torch.testing.assert_close(algebra.distance(a, b), first((w - v).norm(dim=1)))
+    torch.testing.assert_close(algebra.total_norm({"a": a, "b": b}), first(torch.cat([w, v], 1).norm(dim=1)))
+    spectral = torch.linalg.matrix_norm(w.reshape(len(w), shape[0], -1), 2)
+    torch.testing.assert_close(algebra.spectral_norm(a, 600), first(spectral), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="a: got Stretch"):
+        algebra.chunk_norms(a)
+
+
+def test_the_output_regularizer_of_a_flat_vector():
+    net = hk.HyperNet({"a": (30, 20), "b": (30,)}, context_features=4, width=5, layout="flat", chunk=64).double()
+    tasks = torch.randn(6, 4, dtype=torch.float64)
+    before = copy.deepcopy(net)(tasks)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    weights = net(tasks)
+    got = algebra.output_regularizer(weights, before)
+    torch.testing.assert_close(got, sum((flat(weights[n]) - flat(before[n])).square().sum(1) for n in weights).mean())
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_norms_of_chunks(shape, form):
@@ -109,6 +147,25 @@ def test_differentiable():
     wanted = torch.autograd.grad(torch.linalg.matrix_norm(formed, 2).sum(), (hidden, head))
     for got, want in zip(grads, wanted):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["contexts", "per_chunk_heads"])
+def test_sums_of_squares_are_differentiable_to_any_order(form):
+    """Their backward is our own; forward mode and `torch.func` take torch's."""
+    weight, other = (make((5, 2), form, contexts=2, m=2) for _ in range(2))
+    factors = [weight.hidden, weight.head]
+
+    def run(hidden, head):
+        moved = hk.GeneratedWeight(hidden, head, (5, 2))
+        return algebra.squared_distance(moved, other), algebra.total_norm({"w": moved})
+
+    for needs in ((True, True), (True, False), (False, True)):
+        inputs = tuple(v.clone().requires_grad_(needed) for v, needed in zip(factors, needs))
+        assert gradcheck(run, inputs, check_forward_ad=True)
+        assert gradgradcheck(run, inputs)
+    hessian = torch.func.hessian(lambda hidden: run(hidden, factors[1])[0].sum())(factors[0])
+    wanted = torch.autograd.functional.hessian(lambda hidden: run(hidden, factors[1])[0].sum(), factors[0])
+    torch.testing.assert_close(hessian, wanted)
 
 
 def test_the_output_regularizer_is_the_one_of_weights_formed():
