@@ -26,11 +26,11 @@ SANITIZED := build/sanitized
 sanitize: $(VENV)/installed  ## the native engine under AddressSanitizer and UBSan
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r hyperkernels $(SANITIZED)/ && rm -f $(SANITIZED)/hyperkernels/*.so
-	HYPERKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -fno-omit-frame-pointer" \
+	HYPERKERNELS_CXXFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest -q tests/test_native_cpu.py -m "not slow" -k "instruction_set or drawn or threads or activations or share or nothing"
+	  $(BIN)/pytest -q -n 2 tests/test_native_cpu.py -m "not slow" -k "instruction_set or drawn or threads or activations or share or nothing"
 
 lint: $(VENV)/installed  ## ruff and pyright
 	$(BIN)/ruff check .

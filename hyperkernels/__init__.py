@@ -6,10 +6,12 @@ from hyperkernels.advising import Advice, advise
 from hyperkernels.checkpoints import read_hypnettorch
 from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d, hyper_conv_transpose2d
 from hyperkernels.explaining import Explanation, explain
+from hyperkernels.fitting import fit
 from hyperkernels.flat import FlatWeight
 from hyperkernels.flops import register_flops
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
+from hyperkernels.hyper_config import HyperConfig
 from hyperkernels.kernels.tuning import set_tuning
 from hyperkernels.nn import (
     HyperConv1d,
@@ -20,9 +22,11 @@ from hyperkernels.nn import (
     HyperModel,
     HyperNet,
     context,
+    recompute_in_context,
 )
 from hyperkernels.planner import set_workspace_mib
-from hyperkernels.swap import HyperConfig, SwapReport, hyperize_, merge_
+from hyperkernels.swap import hyperize_, merge_
+from hyperkernels.swap_report import SwapReport
 from hyperkernels.version import __version__
 from hyperkernels.weight import GeneratedWeight
 
@@ -48,6 +52,7 @@ __all__ = [
     "algebra",
     "context",
     "explain",
+    "fit",
     "generate_weight",
     "hyper_conv1d",
     "hyper_conv2d",
@@ -58,6 +63,7 @@ __all__ = [
     "merge_",
     "nn",
     "read_hypnettorch",
+    "recompute_in_context",
     "set_tuning",
     "set_workspace_mib",
     "uncertainty",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hyperkernels.chunking import ceil_div
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.planner import workspace_bytes
-from hyperkernels.weight import FORM, FUNCTIONS, AbsentWeight, absent, formed_bias, shape_of
+from hyperkernels.weight import FORM, FUNCTIONS, AbsentWeight, absent, formed_of, shape_of
 
 
 class FlatWeight(AbsentWeight):
@@ -131,7 +131,7 @@ def _by_rows(weight: FlatWeight, apply: Callable[[Tensor], Tensor], dim: int) ->
 
 def _entries(weight: FlatWeight, x: Tensor, bias: Tensor | None) -> tuple[FlatWeight, Tensor | None]:
     """Weight and bias with a context for each entry of x, or one for all."""
-    ids, hidden, bias = weight.settings["context_ids"], weight.hidden, formed_bias(bias)
+    ids, hidden, bias = weight.settings["context_ids"], weight.hidden, formed_of(bias)
     if ids is not None and weight.contexts > 1:
         if isinstance(hidden, AdditiveHidden):
             hidden = AdditiveHidden(hidden.context[ids], hidden.chunks, hidden.activation)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hyperkernels.backends import check_backend
-from hyperkernels.call import check_order
+from hyperkernels.hyper_config import HyperConfig, configs_by_name
 from hyperkernels.nn.ambient import context as ambient_context
 from hyperkernels.nn.conv import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d
-from hyperkernels.nn.layer import HyperLayer
+from hyperkernels.nn.layer import HyperLayer, weight_of
 from hyperkernels.nn.linear import HyperLinear
+from hyperkernels.nn.residual import HyperResidual
+from hyperkernels.swap_report import Swap, SwappedLayer, SwapReport, tell_transformers
 
-Kind = TypeVar("Kind", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
 HYPER: dict[type, Any] = {
     nn.Linear: HyperLinear,
@@ -25,75 +26,38 @@ HYPER: dict[type, Any] = {
     nn.Conv3d: HyperConv3d,
     nn.ConvTranspose2d: HyperConvTranspose2d,
 }
-READS_WEIGHTS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
-@dataclass(frozen=True)
-class HyperConfig:
-    """What `hyperize_` builds: the keywords of `HyperLinear` and `HyperConv2d`. `bias` None keeps a layer's own choice.
-
-    Raises:
-        ValueError: an unknown order or backend.
-    """
-
-    chunk: tuple[int, int] | None = None
-    width: int = 32
-    context_features: int | None = None
-    bias: bool | str | None = None
-    order: str | None = None
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        check_order(self.order)
-        check_backend(self.backend)
-
-
-@dataclass(frozen=True)
-class SwappedLayer:
-    name: str
-    shape: tuple[int, ...]
-    chunk: tuple[int, int]
-    parameters_before: int
-    parameters: int
-
-
-@dataclass
-class SwapReport:
-    """Every layer swapped, and every layer with a weight matrix left as it was, with the reason; `print` it."""
-
-    swapped: list[SwappedLayer] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        before = sum(layer.parameters_before for layer in self.swapped)
-        after = sum(layer.parameters for layer in self.swapped)
-        lines = [f"layers swapped: {len(self.swapped)}, {before:,} parameters became {after:,}"]
-        for layer in self.swapped:
-            rows, cols = layer.chunk
-            grown = ", more than before" if layer.parameters > layer.parameters_before else ""
-            counts = f"{layer.parameters_before:,} -> {layer.parameters:,} parameters{grown}"
-            lines.append(f"  {layer.name}: {'x'.join(map(str, layer.shape))} in chunks of {rows}x{cols}, {counts}")
-        lines.append(f"layers skipped: {len(self.skipped)}")
-        lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
-
-
-def hyperize_(model: nn.Module, config: HyperConfig | None = None, filter_fn: Filter | None = None) -> SwapReport:
-    """Put a freshly initialised `HyperLinear` in the place of every `nn.Linear` of `model`, and a hyper
-    convolution in that of every `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and `nn.ConvTranspose2d`, in place.
+def hyperize_(
+    model: nn.Module,
+    config: HyperConfig | Mapping[str, HyperConfig | None] | None = None,
+    filter_fn: Filter | None = None,
+    *,
+    dry_run: bool = False,
+) -> SwapReport:
+    """Put a `HyperLinear` in the place of every `nn.Linear` of `model` (and of the `Conv1D` of transformers, a linear
+    layer), and a hyper convolution in that of every `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and `nn.ConvTranspose2d`.
 
     Args:
         model: any module. A layer found under several names stays one layer.
-        config: what to build; `HyperConfig()` by default.
+        config: what to build; `HyperConfig()` by default. Or a mapping of regular expressions to configs: the first
+            that matches a layer's whole name counts, None leaves it, and so does no match.
         filter_fn: `filter_fn(layer, name)` is True for a layer to swap; all by default.
+        dry_run: report only. Nothing is fitted, built on a device or changed.
 
-    The new layers keep dtype, device, training mode and whether parameters are frozen. Left alone, with the reason
-    in the report: subclasses of these, the model itself, parts of a hyper layer, layers whose weight is shared
-    or parametrized or read by their owner, and layers with hooks.
+    The new layers keep dtype, device (meta as well), training mode and whether parameters are frozen, and for whoever
+    reads their `weight` it is a `GeneratedWeight`. Left alone, with the reason in the report: subclasses of these, the
+    model itself, parts of a hyper layer, layers whose weight is shared or parametrized, and layers with hooks.
+
+    A Hugging Face model that is swapped so is saved by `save_pretrained` and comes back by `from_pretrained`, once
+    `hyperkernels.huggingface` has been imported.
+
+    Returns:
+        A report to print; `report.restore()` puts the layers back.
 
     Raises:
-        TypeError: model is no module, or config no HyperConfig.
-        ValueError: the config does not fit a layer. Nothing has been swapped then.
+        TypeError: model is no module, or config nothing of the kind above.
+        ValueError: the config does not fit a layer, or a pattern matches none. Nothing has been swapped then.
 
     Example:
         >>> import torch, hyperkernels as hk
@@ -104,42 +68,73 @@ def hyperize_(model: nn.Module, config: HyperConfig | None = None, filter_fn: Fi
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    config = HyperConfig() if config is None else config
-    if not isinstance(config, HyperConfig):
-        raise TypeError(f"config: got {type(config).__name__}, wanted a HyperConfig")
-    report, built = SwapReport(skipped=_other_matrices(model)), {}
-    names = _names(model, tuple(HYPER))
+    report, built, configs = SwapReport([], _other_matrices(model), dry_run, model), {}, {}
+    names = _names(model, lambda module: _hyper_kind(module) is not None or isinstance(module, tuple(HYPER)))
+    config_of = configs_by_name(HyperConfig() if config is None else config, [found[0] for found in names.values()])
     for layer, found in names.items():
-        reason = _reason_to_skip(model, layer, found, filter_fn)
-        if reason:
+        own, reason = config_of(found[0])
+        reason = _reason_to_skip(model, layer, found, own) or reason
+        if not reason and filter_fn is not None and not filter_fn(layer, found[0]):
+            reason = "filter_fn said no"
+        if reason or own is None:
             report.skipped[found[0]] = reason
             continue
         try:
-            built[layer] = _hyper_layer_like(layer, config)
+            built[layer] = _hyper_layers_like(layer, own, dry_run)
         except (TypeError, ValueError) as error:
             raise ValueError(f"config: does not fit {found[0]!r}: {error}") from error
+        first, configs[layer] = built[layer][0], own
         report.swapped.append(
             SwappedLayer(
                 found[0],
-                tuple(layer.weight.shape),
-                built[layer].chunk,
+                tuple(weight_of(layer).shape),
+                first.chunk,
                 sum(p.numel() for p in layer.parameters()),
-                sum(p.numel() for p in built[layer].parameters()),
+                sum(p.numel() for part in built[layer] for p in part.parameters()),
+                own.mode,
+                first.fit_error,
             )
         )
-    for layer, new in built.items():
-        for name in names[layer]:
-            model.set_submodule(name, new)
+    if not dry_run:
+        _share_heads([part for layer, parts in built.items() if configs[layer].share_head for part in parts])
+        for layer, parts in built.items():
+            learned = [parameter.requires_grad for parameter in layer.parameters()]
+            new: Any = HyperResidual(layer, parts) if configs[layer].mode == "residual" else parts[0]
+            new.config = replace(configs[layer], chunk=parts[0].chunk)
+            for name in names[layer]:
+                model.set_submodule(name, new)
+            report.swaps.append(Swap(layer, new, names[layer], learned))
+        tell_transformers(model)
     return report
+
+
+def _hyper_kind(layer: Any) -> Any:
+    """The hyper layer for a dense one."""
+    kind = type(layer)
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return HyperLinear
+    return HYPER.get(kind)
+
+
+def _share_heads(layers: list[HyperLayer]) -> None:
+    heads: dict[Any, nn.Parameter] = {}
+    for layer in layers:
+        head = layer.head
+        layer.head = heads.setdefault((head.shape, head.dtype, head.device, layer.fan_in), head)
 
 
 def _other_matrices(model: nn.Module) -> dict[str, str]:
     """Other layers that hold a matrix or more: nobody should wonder why they were not swapped."""
     found = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() > 1 and not isinstance(module, (*HYPER, nn.Embedding)):
-            found[name] = f"it is a {type(module).__name__}, neither nn.Linear nor nn.Conv"
+        if isinstance(module, (*HYPER, nn.Embedding)) or _hyper_kind(module):
+            continue
+        for own, parameter in module._parameters.items():
+            stacked = (
+                parameter is not None and parameter.dim() > 2 and min(parameter.shape) > 1
+            )  # experts, one on another
+            if stacked or (parameter is not None and parameter.dim() > 1 and own.startswith("weight")):
+                found[name] = f"it is a {type(module).__name__}, neither nn.Linear nor nn.Conv"
     return found
 
 
@@ -172,7 +167,7 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    names = _names(model, HyperLayer)
+    names = hyper_layers(model)
     if context is None:
         built = {layer: layer.to_dense() for layer in names}
     else:
@@ -183,65 +178,81 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
             return new
         for name in names[layer]:
             model.set_submodule(name, new)
+    tell_transformers(model)
     return model
 
 
-def _names(model: nn.Module, kind: type[Kind] | tuple[type[Kind], ...]) -> dict[Kind, list[str]]:
-    """Each module of a kind, with every name it goes by."""
-    names: dict[Kind, list[str]] = {}
+def _names(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[Any, list[str]]:
+    """Each module that is wanted, with every name it goes by."""
+    names: dict[Any, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, kind):
+        if wanted(module):
             names.setdefault(module, []).append(name)
     return names
 
 
-def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], filter_fn: Filter | None) -> str:
+def hyper_layers(model: nn.Module) -> dict[Any, list[str]]:
+    """Each hyper layer, but those that are part of another, with every name it goes by."""
+    names = _names(model, lambda module: isinstance(module, (HyperLayer, HyperResidual)))
+    return {layer: found for layer, found in names.items() if not any(_inside_hyper_layer(model, n) for n in found)}
+
+
+def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], config: HyperConfig | None) -> str:
     if layer is model:
         return "it is the model itself: build a hyper layer instead"
-    if type(layer) not in HYPER:
+    if _hyper_kind(layer) is None:
         return f"it is a {type(layer).__name__}, whose owner may read its weight"
     if parametrize.is_parametrized(layer):
         return "its weight is parametrized"
     if layer._parameters.get("weight") is None:
         return "its weight is no plain parameter"
-    parents = [model.get_submodule(name.rpartition(".")[0]) for name in names]
-    reader = next((parent for parent in parents if isinstance(parent, READS_WEIGHTS)), None)
-    if reader is not None:
-        return f"its {type(reader).__name__} reads its weight"
     if any(_inside_hyper_layer(model, name) for name in names):
         return "it is part of a hyper layer"
-    owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
-    if len(owners) > len(names):
-        return f"its weight is shared with {next(n for n in owners if n.rpartition('.')[0] not in names)}"
+    if not (config is not None and config.output_head):
+        owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
+        if len(owners) > len(names):
+            return f"its weight is shared with {next(n for n in owners if n.rpartition('.')[0] not in names)}"
+        if layer is getattr(model, "get_output_embeddings", lambda: None)():
+            return "it is the output head: HyperConfig(output_head=True) swaps it"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "it has hooks"
-    if filter_fn is not None and not filter_fn(layer, names[0]):
-        return "filter_fn said no"
     return ""
 
 
 def _inside_hyper_layer(model: nn.Module, name: str) -> bool:
-    parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:n])), HyperLayer) for n in range(len(parts)))
+    parts = name.split(".") if name else []
+    outer = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts)))
+    return any(isinstance(module, (HyperLayer, HyperResidual)) for module in outer)
 
 
-def _hyper_layer_like(layer: Any, config: HyperConfig) -> HyperLayer:
-    bias = (layer.bias is not None) if config.bias is None else config.bias
-    given: dict[str, Any] = {
-        "bias": bias,
-        "context_features": config.context_features,
-        "chunk": config.chunk,
-        "width": config.width,
-        "device": layer.weight.device,
-        "dtype": layer.weight.dtype,
-    }
-    if isinstance(layer, nn.Linear):
-        new = HyperLinear(layer.in_features, layer.out_features, **given)
+def _hyper_layers_like(layer: Any, config: HyperConfig, dry_run: bool) -> list[HyperLayer]:
+    """What is to stand for a dense layer, or be added to it; of a dry run on no device."""
+    kind, weight = _hyper_kind(layer), layer.weight
+    sizes = kind._sizes_of(layer)
+    given: dict[str, Any] = {"width": config.width, "context_features": config.context_features}
+    if config.mode == "fit":
+        layers = [kind.from_dense(copy.deepcopy(layer).to("meta") if dry_run else layer, chunk=config.chunk, **given)]
     else:
-        kind, sizes = HYPER[type(layer)], (layer.in_channels, layer.out_channels, layer.kernel_size)
-        new = kind(*sizes, **{name: getattr(layer, name) for name in kind.SETTINGS}, **given)
-    new.order, new.backend = config.order, config.backend
-    new.train(layer.training).requires_grad_(layer.weight.requires_grad)
-    if new.bias is not None and layer.bias is not None:
-        new.bias.requires_grad_(layer.bias.requires_grad)
-    return new
+        given |= {"device": "meta" if dry_run else weight.device, "dtype": weight.dtype}
+        bias = False if config.mode == "residual" else (layer.bias is not None) if config.bias is None else config.bias
+        if config.rank is None:
+            layers = [kind(**sizes, chunk=config.chunk, bias=bias, **given)]
+        else:
+            layers = _low_rank(kind, sizes, config.rank, **given)
+    for new in layers:
+        new.order, new.backend, new.dense = config.order, config.backend, type(layer)
+        new.train(layer.training).requires_grad_(config.mode == "residual" or weight.requires_grad)
+        if new.bias is not None and layer.bias is not None:
+            new.bias.requires_grad_(layer.bias.requires_grad)
+    return layers
+
+
+def _low_rank(kind: Any, sizes: dict[str, Any], rank: int, **given: Any) -> list[HyperLayer]:
+    """Down to `rank` features or channels, and up."""
+    if kind is HyperLinear:
+        N, K = sizes["out_features"], sizes["in_features"]
+        return [HyperLinear(K, rank, False, **given), HyperLinear(rank, N, False, **given)]
+    if kind is HyperConvTranspose2d or sizes["groups"] != 1:
+        raise ValueError(f"rank: got {rank}, wanted None for a transposed convolution, or one in groups")
+    channels = sizes["out_channels"]
+    return [kind(**sizes | {"out_channels": rank}, bias=False, **given), kind(rank, channels, 1, bias=False, **given)]

@@ -42,8 +42,7 @@ class AbsentWeight(Tensor):
                     return found
         if function not in AS_IT_IS:
             name = _name(function)
-            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE:
-                raise RuntimeError(f"{name}: a generated weight cannot be changed in place; change what generates it")
+            _check_in_place(name)
             args, kwargs = pytree.tree_map_only(AbsentWeight, lambda weight: _formed_for(name, weight), (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
@@ -113,6 +112,35 @@ class GeneratedWeight(AbsentWeight):
         return weight
 
 
+class DeferredWeight(AbsentWeight):
+    """A weight that `made()` gives to whoever computes with it, and until then its shape, dtype and device.
+
+    `learns`: a tensor that learns if it does.
+    """
+
+    made: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, learns: Tensor, shape: Sequence[int], made: Callable[[], Tensor]) -> DeferredWeight:
+        weight = absent(cls, learns, tuple(shape))
+        weight.hidden = weight.head = learns
+        weight.scale, weight.contexts, weight.settings, weight.made = 1.0, 1, {"head_bias": None}, made
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in AS_IT_IS or function in TOLD:
+            return super().__torch_function__(function, types, args, kwargs)
+        _check_in_place(_name(function))
+        args, kwargs = pytree.tree_map_only(DeferredWeight, lambda weight: weight.made(), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _check_in_place(name: str) -> None:
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE:
+        raise RuntimeError(f"{name}: a generated weight cannot be changed in place; change what generates it")
+
+
 def _name(function: Any) -> str:
     """A property's getter is called by the property."""
     owner = getattr(function, "__self__", None)
@@ -158,8 +186,8 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape, 1) if len(shape) == 1 else shape
 
 
-def formed_bias(bias: Tensor | None) -> Tensor | None:
-    return form(bias) if isinstance(bias, AbsentWeight) else bias
+def formed_of(value: Any) -> Any:
+    return form(value) if isinstance(value, AbsentWeight) else value
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -167,7 +195,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         return NotImplemented
     head, settings = _scaled(weight)
     N = shape_of(weight)[0]
-    return hyper_linear(input, weight.hidden, head, out_features=N, bias=formed_bias(bias), **settings)
+    return hyper_linear(input, weight.hidden, head, out_features=N, bias=formed_of(bias), **settings)
 
 
 def _convolution(function: Callable[..., Tensor], names: str) -> Callable[..., Any]:
@@ -180,7 +208,7 @@ def _convolution(function: Callable[..., Tensor], names: str) -> Callable[..., A
         settings = settings | dict(zip(names.split(), given)) | named
         N, K = shape_of(weight)[:2]
         channels = K * settings.get("groups", 1) if function is hyper_conv_transpose2d else N
-        return function(input, weight.hidden, head, out_channels=channels, bias=formed_bias(bias), **settings)
+        return function(input, weight.hidden, head, out_channels=channels, bias=formed_of(bias), **settings)
 
     return run
 
@@ -280,5 +308,8 @@ AS_IT_IS = {
     torch.is_floating_point,
     torch.numel,
 }
-FUNCTIONS: dict[type, dict[Any, Callable[..., Any]]] = {GeneratedWeight: GENERATED}
-FORM: dict[type, Callable[[Any], Tensor]] = {GeneratedWeight: _form}
+FUNCTIONS: dict[type, dict[Any, Callable[..., Any]]] = {GeneratedWeight: GENERATED, DeferredWeight: {}}
+FORM: dict[type, Callable[[Any], Tensor]] = {
+    GeneratedWeight: _form,
+    DeferredWeight: lambda weight: formed_of(weight.made()),
+}

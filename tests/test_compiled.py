@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,24 +30,11 @@ def test_a_kept_launch_hands_over_what_tritons_own_does():
     run("launching.py", "--calls", "10")
 
 
-@pytest.fixture(scope="module")
-def tables(request, tmp_path_factory):
-    """Those of the chosen tests, as many at once as there are CPUs."""
-    folder = tmp_path_factory.mktemp("tables")
-
-    def table(chip, dtype):
-        path = folder / f"{chip}_{dtype}.json"
-        run("compiled.py", "--chip", chip, "--dtype", dtype, "--output", str(path))
-        return json.loads(path.read_text())
-
-    chosen = [item.callspec.params for item in request.session.items if "tables" in getattr(item, "fixturenames", ())]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {tuple(choice.values()): pool.submit(table, **choice) for choice in chosen}
-
-
 @pytest.mark.parametrize(("chip", "dtype"), CHOICES, ids=lambda choice: choice)
-def test_what_the_planner_picks_compiles(chip, dtype, tables):
-    table = tables[chip, dtype].result()
+def test_what_the_planner_picks_compiles(chip, dtype, tmp_path):
+    path = tmp_path / "table.json"
+    run("compiled.py", "--chip", chip, "--dtype", dtype, "--output", str(path))
+    table = json.loads(path.read_text())
     assert len(table) == 44
     for row in table:
         assert row["spills"] == 0, row

@@ -53,12 +53,15 @@ def test_the_filter_and_the_report():
         assert words in str(report)
 
 
+OTHERS = {1: "Bilinear", 2: "RNNCell"}
+
+
 def test_other_layers_with_matrices_are_named_and_growth_is_said():
     model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4), nn.RNNCell(4, 4))
     model.add_module("conv", nn.Conv1d(4, 4, 1))
     assert model[1].weight.dim() == 3
     report = hk.hyperize_(model, hk.HyperConfig(width=8))
-    assert report.skipped == {"1": "it is a Bilinear, neither nn.Linear nor nn.Conv"}
+    assert report.skipped == {f"{n}": f"it is a {kind}, neither nn.Linear nor nn.Conv" for n, kind in OTHERS.items()}
     assert ", more than before" in str(report)
 
 
@@ -75,15 +78,13 @@ def test_what_is_left_alone_and_why():
     )
     model["hooked"].register_forward_hook(lambda *_: None)
     report = hk.hyperize_(model, hk.HyperConfig(width=2))
-    assert [layer.name for layer in report.swapped] == ["tied.body"]
+    assert [layer.name for layer in report.swapped] == ["tied.body", "encoder.linear1", "encoder.linear2"]
     reasons = report.skipped
     assert reasons["tied.out"] == "its weight is shared with tied.embedding.weight"
     assert "NonDynamicallyQuantizableLinear" in reasons["attention.out_proj"]
-    assert reasons["encoder.linear1"] == "its TransformerEncoderLayer reads its weight"
     assert "normed" in reasons
     assert reasons["hooked"] == "it has hooks"
     assert reasons["hyper.hypernet.layer.chunk_layer"] == "it is part of a hyper layer"
-    model["encoder"].eval()(torch.randn(3, 2, 8))
 
 
 def test_one_layer_under_two_names_stays_one():
@@ -152,3 +153,165 @@ def test_nothing_changes_when_it_raises():
     with pytest.raises(KeyError):
         hk.hyperize_(model, filter_fn=failing)
     assert list(model.modules()) == before
+
+
+def test_patterns_say_what_is_built_where():
+    model = mlp()
+    configs = {r"2\..*": hk.HyperConfig(width=3), "3": None, r"0": hk.HyperConfig(width=5, mode="fit", chunk=(4, 4))}
+    report = hk.hyperize_(model, configs)
+    assert [(layer.name, layer.mode) for layer in report.swapped] == [("0", "fit"), ("2.0", "replace")]
+    assert (model[0].width, model[2][0].width) == (5, 3)
+    assert report.skipped == {"3": "config leaves '3'"}
+    assert hk.hyperize_(mlp(), {"0": hk.HyperConfig()}).skipped["3"] == "no pattern of config matches it"
+    with pytest.raises(ValueError, match="config: 'nothing' matches no layer"):
+        hk.hyperize_(mlp(), {"nothing": hk.HyperConfig(), ".*": None})
+
+
+@pytest.mark.parametrize("mode", ["replace", "fit", "residual"])
+def test_a_dry_run_reports_and_changes_nothing(mode):
+    model = mlp()
+    before = [(name, type(layer)) for name, layer in model.named_modules()]
+    config = hk.HyperConfig(width=4, mode=mode)
+    planned = hk.hyperize_(model, config, dry_run=True)
+    assert [(name, type(layer)) for name, layer in model.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert "layers would be swapped: 3" in str(planned)
+    done = hk.hyperize_(model, config)
+    assert [(p.name, p.chunk, p.parameters) for p in planned.swapped] == [
+        (d.name, d.chunk, d.parameters) for d in done.swapped
+    ]
+
+
+@pytest.mark.parametrize("mode", ["replace", "fit", "residual"])
+def test_restored(mode):
+    model, x = mlp(), torch.randn(5, 16)
+    model[3].bias.requires_grad_(False)
+    wanted, layers = model(x), list(model.modules())
+    report = hk.hyperize_(model, hk.HyperConfig(width=4, mode=mode))
+    report.restore()
+    assert list(model.modules()) == layers
+    assert torch.equal(model(x), wanted)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["3.bias"]
+    report = hk.hyperize_(model, hk.HyperConfig(width=4))
+    model[3] = nn.Identity()
+    with pytest.raises(ValueError, match="'3' is no longer the layer that was put there"):
+        report.restore()
+    assert isinstance(model[0], hk.HyperLinear)
+
+
+def test_a_fit_says_its_error():
+    model, x = mlp(), torch.randn(5, 16)
+    dense, weight = model(x), model[0].weight.detach().clone()
+    report = hk.hyperize_(model, hk.HyperConfig(width=4, chunk=(4, 4), mode="fit"))
+    formed = hk.merge_(copy.deepcopy(model))[0].weight
+    assert report.swapped[0].error == pytest.approx(((weight - formed).norm() / weight.norm()).item(), abs=1e-5)
+    assert f"relative error {report.swapped[0].error:.3g}" in str(report)
+    assert not torch.allclose(model(x), dense, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_change_of_a_frozen_layer(rank):
+    model, x, z = mlp(), torch.randn(5, 16), torch.randn(5, 3)
+    dense = model(x)
+    report = hk.hyperize_(model, hk.HyperConfig(width=4, mode="residual", rank=rank, context_features=3))
+    with hk.context(z):
+        assert torch.equal(model(x), dense)
+    parts = [part for layer in report.swaps for part in layer.new.change]
+    assert len(parts) == 3 * (1 if rank is None else 2)
+    assert {p for p in model.parameters() if p.requires_grad} == {p for part in parts for p in part.parameters()}
+    assert report.swapped[0].parameters == sum(p.numel() for p in model[0].change.parameters())
+    for part in parts:
+        nn.init.normal_(part.head, std=0.1)
+    with hk.context(z[0]):
+        changed = model(x)
+        read = torch.nn.functional.linear(x, model[0].weight, model[0].bias)
+        torch.testing.assert_close(read, model[0](x))
+    assert not torch.allclose(changed, dense, atol=1e-2)
+    torch.testing.assert_close(hk.merge_(copy.deepcopy(model), z[0])(x), changed)
+    assert hk.hyperize_(model, hk.HyperConfig(width=4)).skipped["0.base"] == "it is part of a hyper layer"
+
+
+def test_a_change_of_a_convolution():
+    model, x = (
+        nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.Conv2d(6, 6, 3, groups=2)),
+        torch.randn(2, 4, 9, 9),
+    )
+    hk.hyperize_(model, {"0": hk.HyperConfig(width=4, mode="residual", rank=2), "1": hk.HyperConfig(mode="residual")})
+    for part in (*model[0].change, *model[1].change):
+        nn.init.normal_(part.head, std=0.1)
+    wanted = model(x)
+    torch.testing.assert_close(hk.merge_(model)(x), wanted)
+    with pytest.raises(ValueError, match="rank: got 2, wanted None for a transposed convolution, or one in groups"):
+        hk.hyperize_(model, hk.HyperConfig(mode="residual", rank=2))
+
+
+def test_one_head_for_layers_that_are_alike():
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)), nn.Linear(16, 4))
+    hk.hyperize_(model, hk.HyperConfig(width=4, chunk=(4, 8), share_head=True))
+    assert len({layer.head for layer in model}) == 1
+    before = sum(
+        p.numel()
+        for p in nn.Sequential(
+            *(hk.HyperLinear(16, 16, width=4, chunk=(4, 8)) for _ in range(3)),
+            hk.HyperLinear(16, 4, width=4, chunk=(4, 8)),
+        ).parameters()
+    )
+    assert sum(p.numel() for p in model.parameters()) == before - 3 * 4 * 4 * 8
+    model(torch.randn(2, 16)).sum().backward()
+    assert model[0].head.grad.any()
+
+
+@pytest.mark.parametrize("mode", ["replace", "fit", "residual"])
+def test_on_no_device(mode):
+    with torch.device("meta"):
+        model = mlp()
+    hk.hyperize_(model, hk.HyperConfig(width=4, mode=mode))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model(torch.randn(5, 16, device="meta")).shape == (5, 4)
+    state = mlp()
+    hk.hyperize_(state, hk.HyperConfig(width=4, mode=mode))
+    model.load_state_dict(state.state_dict(), assign=True)
+    x = torch.randn(5, 16)
+    assert torch.equal(model(x), state(x))
+
+
+def test_the_encoders_fast_path_reads_no_weight_that_is_not_there():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    report = hk.hyperize_(model := nn.TransformerEncoder(layer, 2), hk.HyperConfig(width=4, mode="fit", chunk=(2, 2)))
+    assert len(report.swapped) == 4
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        fast = model.eval()(x)
+        torch.testing.assert_close(fast, hk.merge_(copy.deepcopy(model))(x))
+        report.restore()
+        torch.testing.assert_close(model(x), fast, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layers_weight_is_there_for_who_reads_it():
+    layer, x = hk.HyperLinear(12, 8, width=4, context_features=3), torch.randn(5, 12)
+    weight = layer.weight
+    assert (weight.shape, weight.dtype, weight.device, weight.requires_grad) == ((8, 12), torch.float32, x.device, True)
+    with pytest.raises(ValueError, match="context: got none"):
+        x @ weight.T
+    with hk.context(torch.randn(3)):
+        torch.testing.assert_close(x @ weight.T + layer.bias, layer(x))
+        assert isinstance(weight.T, hk.GeneratedWeight)
+    with pytest.raises(RuntimeError, match="cannot be changed in place"):
+        nn.init.zeros_(weight)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "match"),
+    [
+        ({"mode": "fast"}, "mode: got 'fast', wanted one of replace, fit, residual"),
+        ({"mode": "fit", "bias": True}, "bias: got True, wanted None"),
+        ({"rank": 3}, "rank: got 3, wanted None"),
+        ({"rank": 0, "mode": "residual"}, "rank: got 0, wanted a positive integer"),
+        ({"mode": "fit", "share_head": True}, "share_head"),
+    ],
+)
+def test_settings_that_do_not_go_together(keywords, match):
+    with pytest.raises(ValueError, match=match):
+        hk.HyperConfig(**keywords)
+    with pytest.raises(ValueError, match="change: got"):
+        hk.nn.HyperResidual(nn.Linear(4, 4), [hk.HyperLinear(4, 4)])

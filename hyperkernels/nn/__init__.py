@@ -1,13 +1,14 @@
 """Layers."""
 
-from hyperkernels.nn.ambient import context
+from hyperkernels.nn.ambient import context, recompute_in_context
 from hyperkernels.nn.conv import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d
 from hyperkernels.nn.encoders import Descriptors, Noise, Tasks
 from hyperkernels.nn.hyper_model import HyperModel
 from hyperkernels.nn.hypernet import HyperNet
 from hyperkernels.nn.linear import HyperLinear
+from hyperkernels.nn.residual import HyperResidual
 from hyperkernels.nn.rnn import HyperLSTMCell, HyperRNNCell
-from hyperkernels.nn.trunk import ColumnTrunk, Trunk, TrunkLayer
+from hyperkernels.nn.trunk import ColumnTrunk, FreeTrunk, Trunk, TrunkLayer
 from hyperkernels.nn.trunks import AttentionTrunk, CNNTrunk, MLPTrunk, RNNTrunk
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "CNNTrunk",
     "ColumnTrunk",
     "Descriptors",
+    "FreeTrunk",
     "HyperConv1d",
     "HyperConv2d",
     "HyperConv3d",
@@ -24,6 +26,7 @@ __all__ = [
     "HyperModel",
     "HyperNet",
     "HyperRNNCell",
+    "HyperResidual",
     "MLPTrunk",
     "Noise",
     "RNNTrunk",
@@ -31,4 +34,5 @@ __all__ = [
     "Trunk",
     "TrunkLayer",
     "context",
+    "recompute_in_context",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import local
+from typing import Any
 
 from torch import Tensor
 
@@ -25,9 +26,8 @@ def context(z: Tensor, context_ids: Tensor | None = None) -> Iterator[None]:
         z: `[G, context_features]`, or `[context_features]` for one context.
         context_ids: as for `hyper_linear`: which context each leading entry of a layer's input uses.
 
-    Nests (the inner one counts), and belongs to the thread that entered it. Static layers ignore it. What is
-    recomputed after the block has ended (`torch.utils.checkpoint` around a layer) finds no context there: enter
-    `context` inside the checkpointed function, or pass z to the layer.
+    Nests (the inner one counts), and belongs to the thread that entered it. Static layers ignore it. What backward
+    recomputes (gradient checkpointing) finds the context where `recompute_in_context` keeps it.
 
     Raises:
         TypeError: z is no floating tensor.
@@ -46,6 +46,39 @@ def context(z: Tensor, context_ids: Tensor | None = None) -> Iterator[None]:
         yield
     finally:
         _ambient.z, _ambient.context_ids = outer
+
+
+class _Kept:
+    """`context`, to be entered as often as wanted."""
+
+    def __init__(self, z: Tensor, context_ids: Tensor | None) -> None:
+        self.kept, self.entered = (z, context_ids), []
+
+    def __enter__(self) -> None:
+        self.entered.append(context(*self.kept))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.pop().__exit__(*error)
+
+
+def recompute_in_context() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The `context_fn` of `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: what backward recomputes finds
+    the context that was there in forward, in whatever thread.
+
+    For a Hugging Face model: `model.activation_checkpointing_enable({"context_fn": hk.recompute_in_context,
+    "use_reentrant": False})`, which older ones call `gradient_checkpointing_enable`.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer, x = hk.HyperLinear(6, 4, context_features=3), torch.randn(5, 6)
+        >>> with hk.context(torch.randn(5, 3)):
+        ...     y = checkpoint(layer, x, use_reentrant=False, context_fn=hk.recompute_in_context)
+        >>> y.sum().backward()
+    """
+    z, context_ids = current_context()
+    return nullcontext(), nullcontext() if z is None else _Kept(z, context_ids)
 
 
 def current_context() -> tuple[Tensor | None, Tensor | None]:

@@ -16,13 +16,13 @@ from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
 Sizes = int | tuple[int, ...]
+SIZES = ("in_channels", "out_channels", "kernel_size")
 
 
 class HyperConv(HyperLayer):
     """What the three have in common; nn.ConvNd itself checks the sizes and keeps the settings."""
 
     SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
-    dense: Any  # nn.Conv1d, nn.Conv2d or nn.Conv3d
     dimensions: int
 
     def __init__(
@@ -66,6 +66,10 @@ class HyperConv(HyperLayer):
             x, padding = F.pad(x, self._around, mode=self.padding_mode), 0
         given = {name: getattr(self, name) for name in ("out_channels", "stride", "dilation", "groups")}
         return super().arguments(x, context, context_ids) | given | {"padding": padding}
+
+    @classmethod
+    def _sizes_of(cls, dense: Any) -> dict[str, Any]:
+        return {name: getattr(dense, name) for name in (*SIZES, *cls.SETTINGS)}
 
     def _dense(self, bias: bool, **factory: Any) -> nn.Module:
         settings = {name: getattr(self, name) for name in self.SETTINGS}
@@ -166,6 +170,7 @@ class HyperConvTranspose2d(HyperLayer):
     """
 
     function = staticmethod(hyper_conv_transpose2d)
+    dense = nn.ConvTranspose2d
     SETTINGS = ("stride", "padding", "output_padding", "groups", "dilation")
 
     def __init__(
@@ -206,6 +211,10 @@ class HyperConvTranspose2d(HyperLayer):
         _check_images(x, self.in_channels, 2)
         given = {name: getattr(self, name) for name in ("out_channels", *self.SETTINGS)}
         return super().arguments(x, context, context_ids) | given
+
+    @classmethod
+    def _sizes_of(cls, dense: Any) -> dict[str, Any]:
+        return {name: getattr(dense, name) for name in (*SIZES, *cls.SETTINGS)}
 
     def _dense(self, bias: bool, **factory: Any) -> nn.Module:
         settings: dict[str, Any] = {name: getattr(self, name) for name in self.SETTINGS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hyperkernels.chunking import Grid
+from hyperkernels.fitting import fit
 from hyperkernels.form import autocast_enabled
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import find_context
-from hyperkernels.nn.trunk import Trunk, check_sizes
+from hyperkernels.nn.trunk import FreeTrunk, Trunk, check_sizes
+from hyperkernels.weight import DeferredWeight, GeneratedWeight
 
 Hidden = Tensor | AdditiveHidden
 
@@ -24,6 +27,8 @@ class HyperLayer(nn.Module):
     formed; `to_dense` alone forms it."""
 
     function: Callable[..., Tensor]
+    dense: Any  # the class of the layer that this one stands for
+    fit_error: float | None = None  # of one that was fitted to a dense layer, `||W - W_dense|| / ||W_dense||`
 
     def __init__(
         self,
@@ -124,6 +129,62 @@ class HyperLayer(nn.Module):
         ones = self.bias_head.new_ones((contexts, 1) if contexts != 1 else (1,))
         return weight, hyper_linear(ones, last, self.bias_head, out_features=self.grid.out_features)
 
+    @property
+    def weight(self) -> Tensor:
+        """W `[N, K, *kernel]`, which is not there, for code that reads a layer's weight: a `GeneratedWeight` of the
+        ambient context, to whoever computes with it."""
+        shape = (self.grid.out_features, self.grid.in_features, *self.kernel)
+
+        def made() -> GeneratedWeight:
+            hidden, ids = self.hidden()
+            given: dict[str, Any] = {"context_ids": ids, "order": self.order, "backend": self.backend}
+            return GeneratedWeight(self._split_bias(hidden)[0], self.head, shape, **given)
+
+        return DeferredWeight(self.head, shape, made)
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: Any,
+        *,
+        chunk: tuple[int, int] | None = None,
+        width: int = 32,
+        context_features: int | None = None,
+    ) -> Any:
+        """A layer that generates the weight of `dense` as well as its chunks and width allow, in closed form (`fit`),
+        and has its bias. Its trunk is a `FreeTrunk`; `layer.fit_error` is `||W - W_dense|| / ||W_dense||`.
+
+        Args:
+            dense: the layer that this one stands for; its dtype, device and mode are kept.
+            chunk, width, context_features: as of the layer. A context changes nothing until it has learned to.
+
+        Example:
+            >>> import torch, hyperkernels as hk
+            >>> layer = hk.HyperConv2d.from_dense(torch.nn.Conv2d(8, 16, 3), chunk=(4, 4), width=8)
+            >>> layer.fit_error < 1e-5  # as many singular values as there are
+            True
+        """
+        weight, build = weight_of(dense), partial(cls, **cls._sizes_of(dense))
+        factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        given = {"bias": dense.bias is not None, "context_features": context_features, "width": width}
+        grid = build(**given, chunk=chunk, device="meta").grid
+        trunk = FreeTrunk((grid.I, grid.J), width, context_features=context_features, **factory)
+        layer = build(**given, chunk=(grid.rows, grid.cols), hypernet=trunk, **factory)
+        layer.dense = type(dense)
+        if not weight.is_meta:
+            hidden, head, layer.fit_error = fit(weight, (grid.rows, grid.cols), width)
+            with torch.no_grad():
+                trunk.chunks.copy_(hidden)
+                layer.head.copy_(head)
+                if layer.bias is not None:
+                    layer.bias.copy_(dense.bias)
+        return layer.train(dense.training)
+
+    @classmethod
+    def _sizes_of(cls, dense: Any) -> dict[str, Any]:
+        """The arguments of this class, but bias, device and dtype, that `dense` was built with."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def to_dense(self, context: Tensor | None = None) -> Any:
         """The dense layer that this one is, for one context: its weight formed, and trainable."""
@@ -135,7 +196,7 @@ class HyperLayer(nn.Module):
         shape = (self.grid.out_features, self.grid.in_features, *self.kernel)
         weight = generate_weight(weight_hidden, self.head, shape)
         dense = self._dense(bias is not None, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
-        dense.weight.copy_(weight.view(shape))
+        weight_of(dense).copy_(weight.view(shape))
         if bias is not None:
             dense.bias.copy_(bias)
         return dense.train(self.training)
@@ -151,6 +212,11 @@ class HyperLayer(nn.Module):
             f"bias={bias}, chunk={self.grid.rows}x{self.grid.cols}, width={self.width}, {context}, "
             f"{own:,} parameters for {self.grid.out_features * self.fan_in:,} weights"
         )
+
+
+def weight_of(dense: Any) -> Tensor:
+    """`[N, K, *kernel]`: the `Conv1D` of transformers, a linear layer, keeps `[K, N]`."""
+    return dense.weight.T if type(dense).__name__ == "Conv1D" else dense.weight
 
 
 def _contexts(hidden: Hidden) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hyperkernels.chunking import Grid
 from hyperkernels.functional import hyper_linear
-from hyperkernels.nn.layer import HyperLayer, check_chunk
+from hyperkernels.nn.layer import HyperLayer, check_chunk, weight_of
 from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
@@ -55,6 +55,7 @@ class HyperLinear(HyperLayer):
     """
 
     function = staticmethod(hyper_linear)
+    dense = nn.Linear
 
     def __init__(
         self,
@@ -83,8 +84,27 @@ class HyperLinear(HyperLayer):
             raise ValueError(f"x: got shape {list(x.shape)}, wanted [*, {self.in_features}]")
         return super().arguments(x, context, context_ids) | {"out_features": self.out_features}
 
-    def _dense(self, bias: bool, **factory: Any) -> nn.Linear:
-        return nn.Linear(self.in_features, self.out_features, bias, **factory)
+    @classmethod
+    def from_linear(cls, linear: Any, **settings: Any) -> HyperLinear:
+        """`from_dense` of an `nn.Linear`, or the `Conv1D` of transformers.
+
+        Example:
+            >>> import torch, hyperkernels as hk
+            >>> hk.HyperLinear.from_linear(torch.nn.Linear(64, 32), chunk=(8, 8), width=32).fit_error < 1e-5
+            True
+        """
+        return cls.from_dense(linear, **settings)
+
+    @classmethod
+    def _sizes_of(cls, dense: Any) -> dict[str, Any]:
+        N, K = weight_of(dense).shape
+        return {"in_features": K, "out_features": N}
+
+    def _dense(self, bias: bool, **factory: Any) -> Any:
+        if self.dense is nn.Linear:
+            return nn.Linear(self.in_features, self.out_features, bias, **factory)
+        with torch.device(factory["device"]):
+            return self.dense(self.out_features, self.in_features).to(factory["dtype"])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"

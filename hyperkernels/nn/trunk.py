@@ -123,6 +123,56 @@ class Trunk(nn.Module):
         return f"chunks={I}x{J}, embedding_features={features}"
 
 
+class FreeTrunk(nn.Module):
+    """`hidden[g,i,j,:] = chunks[i,j,:] + A z[g]`: no trunk, but a parameter for each number of hidden, which a context
+    moves. What a weight was fitted by stays as it is, and learns on.
+
+    Args:
+        chunks: `(I, J)`.
+        width: m.
+        context_features: size of z; None for a static one. A is zero at first.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> hk.nn.FreeTrunk((4, 2), 8)().shape, hk.nn.FreeTrunk((4, 2), 8, context_features=3)(torch.randn(5, 3)).shape
+        (torch.Size([4, 2, 8]), (5, 4, 2, 8))
+    """
+
+    def __init__(
+        self,
+        chunks: tuple[int, int],
+        width: int,
+        *,
+        context_features: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(width=width, context_features=context_features)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.context_features = context_features
+        self.chunks = nn.Parameter(torch.empty(*chunks, width, **factory))
+        self.context_layer = nn.Linear(context_features, width, bias=False, **factory) if context_features else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.chunks)
+        if self.context_layer is not None:
+            nn.init.zeros_(self.context_layer.weight)
+
+    def forward(self, context: Tensor | None = None) -> Tensor | AdditiveHidden:
+        if self.context_layer is None:
+            return self.chunks
+        if context is None:
+            raise ValueError("context: got None, wanted [G, context_features]: this trunk is conditional")
+        z = check_context(context, "context", self.context_features)
+        return AdditiveHidden(self.context_layer(z), self.chunks, "identity")
+
+    def extra_repr(self) -> str:
+        I, J, width = self.chunks.shape
+        return f"chunks={I}x{J}, width={width}"
+
+
 class ColumnTrunk(nn.Module):
     """`hidden[c * columns + q] = A[q] embedding[c] + b[q]`: Ha et al.'s generator of kernels, whose first layer has a
     matrix for each input channel of a chunk, and whose second, the head, is the same for all.

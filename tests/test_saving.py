@@ -1,0 +1,151 @@
+"""What is saved comes back: state dicts, whole models, and `save_pretrained` of swapped Hugging Face models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import hyperkernels as hk
+import hyperkernels.huggingface
+
+tf.logging.set_verbosity_error()
+IDS = torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(0))
+CONFIGS = {
+    "replaced": hk.HyperConfig(width=4, chunk=(8, 8)),
+    "one_head": hk.HyperConfig(width=4, share_head=True),
+    "conditional": hk.HyperConfig(width=4, context_features=3, bias="generated"),
+    "fitted": hk.HyperConfig(width=6, mode="fit", context_features=3),
+    "residual": hk.HyperConfig(width=4, mode="residual", share_head=True, context_features=3),
+    "low_rank": hk.HyperConfig(width=4, mode="residual", rank=2, context_features=3),
+    "patterns": {r".*\.attn\..*": hk.HyperConfig(width=3), r".*c_fc": None, r".*": hk.HyperConfig(width=5)},
+    "output_head": hk.HyperConfig(width=4, output_head=True),
+}
+
+
+def gpt2(config=None):
+    torch.manual_seed(0)
+    model = tf.GPT2LMHeadModel(
+        tf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=97, bos_token_id=1, eos_token_id=2)
+    )
+    if config is not None:
+        hk.hyperize_(model, config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # what training would have done
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad(), hk.context(torch.tensor([[0.3, -1.0, 2.0], [1.0, 0.5, -0.5]])):
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_save_pretrained_and_from_pretrained(config, tmp_path):
+    model = gpt2(config)
+    model.save_pretrained(tmp_path)
+    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(found), logits(model))
+    assert found.state_dict().keys() == model.state_dict().keys()
+    found.save_pretrained(tmp_path / "again")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    torch.testing.assert_close(logits(again), logits(model))
+    for one, other in zip(model.parameters(), again.parameters()):  # as many: what was shared is
+        assert one.shape == other.shape
+        assert one.requires_grad == other.requires_grad or not isinstance(config, dict)
+
+
+def test_a_head_shared_between_layers_is_saved_once_and_shared_again(tmp_path):
+    model = gpt2(CONFIGS["one_head"])
+    model.save_pretrained(tmp_path)
+    assert sum(name.endswith(".head") for name in load_file(tmp_path / "model.safetensors")) == 3
+    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    first, second = (block.attn.c_attn.head for block in found.transformer.h)
+    assert first is second
+    assert len(list(found.parameters())) == len(list(model.parameters()))
+
+
+def test_into_the_model_without_its_head_and_back(tmp_path):
+    model = gpt2(CONFIGS["output_head"])
+    model.save_pretrained(tmp_path)
+    base = tf.GPT2Model.from_pretrained(tmp_path).eval()
+    wanted = model.transformer(IDS).last_hidden_state
+    torch.testing.assert_close(base(IDS).last_hidden_state, wanted)
+    base.save_pretrained(tmp_path / "base")
+    found = tf.GPT2ForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    torch.testing.assert_close(found.transformer(IDS).last_hidden_state, wanted)
+
+
+def test_sharded_in_half_precision_and_merged(tmp_path):
+    model = gpt2(CONFIGS["replaced"])
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.bfloat16}
+    hk.merge_(model).save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    dense = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "dense").eval()
+    torch.testing.assert_close(logits(dense), logits(model))
+
+
+def damaged(tmp_path, change_config=None, change_file=None):
+    gpt2(CONFIGS["replaced"]).save_pretrained(tmp_path)
+    if change_config:
+        path = tmp_path / "config.json"
+        config = json.loads(path.read_text())
+        change_config(config["quantization_config"])
+        path.write_text(json.dumps(config))
+    if change_file:
+        path = tmp_path / "model.safetensors"
+        tensors = load_file(path)
+        change_file(tensors)
+        save_file(tensors, path, {"format": "pt"})
+    return tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+HEAD = "transformer.h.0.attn.c_attn.head"
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "error", "match"),
+    [
+        (None, lambda t: t.pop(HEAD), ValueError, HEAD),
+        (None, lambda t: t.update({HEAD: t[HEAD][:3].clone()}), RuntimeError, "(?s)mismatch"),
+        (lambda c: c["layers"].update({"nowhere": {"width": 4}}), None, ValueError, "nowhere"),
+        (lambda c: c["layers"].update({"transformer.ln_f": {"width": 4}}), None, ValueError, "ln_f"),
+        (lambda c: c["layers"]["transformer.h.0.attn.c_attn"].update(width=5), None, RuntimeError, "mismatch"),
+        (lambda c: c["layers"]["transformer.h.0.attn.c_attn"].update(wide=5), None, ValueError, "wide"),
+        (lambda c: c["layers"].pop("transformer.h.0.attn.c_attn"), None, ValueError, "c_attn"),
+    ],
+    ids=["tensor_missing", "tensor_of_another_size", "no_such_layer", "no_such_kind", "width", "unknown", "not_named"],
+)
+def test_a_file_and_a_configuration_that_disagree(config, file, error, match, tmp_path):
+    with pytest.raises(error, match=match):
+        damaged(tmp_path, config, file)
+
+
+def test_state_dicts_are_plain_tensors_and_strict(tmp_path):
+    def build(width=4):
+        return nn.Sequential(hk.HyperLinear(8, 6, width=width), hk.HyperLinear(6, 4, width=4, context_features=3))
+
+    model, other = build(), build()
+    state = model.state_dict()
+    assert all(type(value) is torch.Tensor for value in state.values())
+    torch.save(state, tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    x, z = torch.randn(5, 8), torch.randn(3)
+    with hk.context(z):
+        assert torch.equal(other(x), model(x))
+        torch.save(model, tmp_path / "model.pt")
+        assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), model(x))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        build(width=5).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({name: value for name, value in state.items() if "head" not in name})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict(state | {"0.weight": torch.ones(6, 8)})
