@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -38,30 +37,63 @@ def canonical_form(
 ) -> Form:
     """Raise what `hyper_linear` promises to raise, or return its arguments in the engine's form."""
     x, hidden, head, bias, head_bias = autocast(x, hidden, head, bias, head_bias)
+    given = (x, hidden, head, out_features, bias, head_bias, context_ids)
+    call = signature = None
+    if not torch.compiler.is_compiling():
+        try:
+            signature = _signature(*given)
+            call = _checked.get(signature)
+        except (AttributeError, TypeError):  # not even tensors, or their sizes are symbols
+            signature = None
+    if call is None:
+        call = _check(*given)
+        if signature is not None:
+            if len(_checked) >= 4096:
+                _checked.clear()
+            _checked[signature] = call
+    if isinstance(hidden, Tensor) and hidden.dim() == 3:
+        hidden = hidden.unsqueeze(0)
+    ids = None if context_ids is None else context_ids.reshape(-1).to(torch.int64)
+    return Form(call, x.reshape(call.entries, call.tokens, x.shape[-1]), hidden, head, ids, bias, head_bias)
+
+
+_checked: dict[Any, Call] = {}  # what was checked once need not be again, where it follows from shapes, dtypes, devices
+
+
+def _signature(x: Any, hidden: Any, head: Any, out_features: Any, *others: Any) -> tuple[Any, ...]:
+    if isinstance(hidden, AdditiveHidden):
+        parts, activation = (x, hidden.context, hidden.chunks, head, *others), hidden.activation
+    else:
+        parts, activation = (x, hidden, head, *others), None
+    return (activation, out_features, *[None if v is None else (v.shape, v.dtype, v.device) for v in parts])
+
+
+def _check(
+    x: Tensor,
+    hidden: Tensor | AdditiveHidden,
+    head: Tensor,
+    out_features: int | None,
+    bias: Tensor | None,
+    head_bias: Tensor | None,
+    context_ids: Tensor | None,
+) -> Call:
     check_tensors(x, hidden, head)
     if x.dim() < 1:
         raise ValueError("x: got a scalar, wanted [*, K]")
     if out_features is not None:
         check_whole("out_features", out_features)
-    ids = by_ids = None
+    by_ids = None
     if context_ids is not None:
         check_ids(context_ids, x, x.dim() - 1)
-        ids, by_ids = context_ids.reshape(-1).to(torch.int64), context_ids.dim()
+        by_ids = context_ids.dim()
     activation = hidden.activation if isinstance(hidden, AdditiveHidden) else ""
     shapes = tuple(x.shape), tuple(hidden.shape), tuple(head.shape)
-    # what follows from shapes alone is kept, where they are numbers
-    sizes = (out_features, *shapes[0], *shapes[1], *shapes[2])
-    symbolic = torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in sizes)
-    find = _find_call.__wrapped__ if symbolic else _find_call
-    call = find(*shapes, out_features, by_ids, activation, x.dtype, x.device.type)
-    if isinstance(hidden, Tensor) and hidden.dim() == 3:
-        hidden = hidden[None]
+    call = _find_call(*shapes, out_features, by_ids, activation, x.dtype, x.device.type)
     check_like("bias", bias, x, (call.grid.out_features,), (call.contexts, call.grid.out_features))
     check_head_bias(head_bias, call.grid, x)
-    return Form(call, x.reshape(call.entries, call.tokens, x.shape[-1]), hidden, head, ids, bias, head_bias)
+    return call
 
 
-@lru_cache(maxsize=4096)
 def _find_call(
     x: tuple[int, ...],
     hidden: tuple[int, ...],

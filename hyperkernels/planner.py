@@ -7,10 +7,10 @@ takes, is the backend's to estimate.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hyperkernels.call import ORDERS, PAIRS, Call
 from hyperkernels.chunking import Grid
@@ -70,12 +70,13 @@ Estimate = Callable[[Call, Step], Cost]
 @dataclass(frozen=True)
 class Plan:
     """What will run, and what was weighed against it: `candidates[output]` is each order's step for that output
-    on its own."""
+    on its own. In `prepared` a backend keeps what it need not work out again."""
 
     call: Call
     wanted: tuple[str, ...]
     steps: tuple[Step, ...]
     candidates: dict[str, tuple[Step, ...]]
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def order_of(self, slot: str) -> str:
         return next(step.order for step in self.steps if slot in step.outputs)

@@ -73,7 +73,7 @@ def test_what_is_left_alone_and_why():
             "encoder": nn.TransformerEncoderLayer(8, 2, 16),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
             "hooked": nn.Linear(8, 8),
-            "hyper": hk.HyperLinear(8, 8, width=2),
+            "hyper": hk.HyperLinear(8, 8, width=2, context_features=3),
         }
     )
     model["hooked"].register_forward_hook(lambda *_: None)

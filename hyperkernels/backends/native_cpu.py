@@ -79,7 +79,11 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
         balanced = bool(counts.max() * 2 * torch.get_num_threads() <= counts.sum())
     if call.activation:
         factors = {n: v.contiguous() if n in ("hidden", "chunks") else v for n, v in factors.items()}
-    shapes, runs = _runs(call, plan.wanted, plan.steps, balanced, *_settings())
+    key = (balanced, *_settings())
+    found = plan.prepared.get(key)
+    if found is None:
+        found = plan.prepared[key] = _runs(call, plan.wanted, plan.steps, *key)
+    shapes, runs = found
     like = next(iter(factors.values()))
     results = [like.new_empty(shape) for shape in shapes]
     views = {name: (value.data_ptr(), value.stride()) for name, value in factors.items()}

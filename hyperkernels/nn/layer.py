@@ -54,7 +54,11 @@ class HyperLayer(nn.Module):
         generated = bias == "generated"
         self._owns_hypernet = hypernet is None
         if hypernet is None:
-            hypernet = Trunk((grid.I, grid.J + generated), width, context_features=context_features, **factory)
+            chunks = grid.I, grid.J + generated
+            if context_features is None:  # what a trunk would make of an embedding as wide as hidden, an embedding is
+                hypernet = FreeTrunk(chunks, width, **factory)
+            else:
+                hypernet = Trunk(chunks, width, context_features=context_features, **factory)
         self.hypernet = hypernet
         self.head = nn.Parameter(torch.empty(width, grid.rows, grid.cols, *kernel, **factory))
         self.bias_head = nn.Parameter(torch.empty(width, grid.rows, 1, **factory)) if generated else None

@@ -28,7 +28,8 @@ class HyperLinear(HyperLayer):
         width: m, the width of the hypernetwork's last hidden layer.
         hypernet: any module that maps z (or None) to hidden `[I, J, m]`, `[G, I, J, m]` or `AdditiveHidden`, with
             a column of chunks more (`J + 1`) where the bias is generated. Called a few times at construction, to
-            scale the head by what it returns. By default a `Trunk` of its own.
+            scale the head by what it returns. By default a `Trunk` of its own; of a static layer a `FreeTrunk`, whose
+            chunk embeddings are hidden itself.
         device, dtype: of the parameters.
 
     Call:
