@@ -8,7 +8,7 @@ from torch import Tensor
 from hyperkernels.backends import choose_backend, reference
 from hyperkernels.conv_form import ConvForm, Part, Sizes, conv_form, parts
 from hyperkernels.derivatives import Settings, partials
-from hyperkernels.functional import materialize
+from hyperkernels.functional import add_to_new, materialize
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.operators import check_context_ids
 
@@ -182,7 +182,7 @@ def _hyper_conv(form: ConvForm, order: str | None, backend: str | None) -> Tenso
         bias = form.bias
         if bias.dim() == 2 and form.ids is not None:
             bias = bias[form.ids]
-        y = y + bias[(..., *[None] * len(shape[2:]))]
+        y = add_to_new(y, bias[(..., *[None] * len(shape[2:]))])
     if form.format != torch.contiguous_format:
         y = y.contiguous(memory_format=form.format)
     return y if form.batched else y[0]
