@@ -225,6 +225,8 @@ def autocast_enabled(kind: str) -> bool:
 def autocast(*values: Any) -> tuple[Any, ...]:
     """Under autocast of the first argument's device, every floating one takes autocast's dtype, as `F.linear`'s do
     (fp64 stays)."""
+    if not torch._C._is_any_autocast_enabled():
+        return values
     kind = values[0].device.type if isinstance(values[0], Tensor) else "cpu"
     if not autocast_enabled(kind):
         return values

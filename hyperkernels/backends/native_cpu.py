@@ -11,6 +11,7 @@ from functools import lru_cache
 from importlib import import_module
 from math import inf, prod
 from pathlib import Path
+from threading import local
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ TALL = 28  # rows of the product that forms it
 OPERAND = 1 << 18  # numbers of head or hidden that a block reads
 VECTORS_PER_US = 3500  # multiplications of a vector by one thread
 CALL_US = 5
+KEPT_BYTES = 1 << 20  # of a thread's workspace: memory that a small call touches anew costs it as much as the rest
 
 
 def supports(call: Call, order: str | None) -> tuple[bool, str]:
@@ -69,6 +71,13 @@ class Run(NamedTuple):
     workspace_bytes: int
 
 
+class _Kept(local):
+    workspace = torch.empty(0, dtype=torch.uint8)
+
+
+_kept = _Kept()
+
+
 def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Tensor | None) -> list[Tensor]:
     """The partials of phi by `plan.wanted`, in that order; with an activation the hidden one is (dcontext, dchunks)."""
     entries = starts = None
@@ -89,7 +98,11 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     views = {name: (value.data_ptr(), value.stride()) for name, value in factors.items()}
     absent = (0, ())
     for native, fills, needed in runs:
-        workspace = like.new_empty(needed, dtype=torch.uint8)
+        workspace = _kept.workspace
+        if needed > len(workspace):
+            workspace = torch.empty(needed, dtype=torch.uint8)
+            if needed <= KEPT_BYTES:
+                _kept.workspace = workspace
         native.run(
             [views.get(slot, absent) for slot in SLOTS],
             views.get("chunks", absent),
@@ -149,7 +162,8 @@ def _native(
     sizes = {label: max(size, 1) for label, size in call.sizes.items()} | {"t": max(rows, 1)}
     formed = set(call.intermediate(order)) - {"g"}
     work = rows * prod(sizes[label] for label in formed - {"t"})
-    threads = min(threads, max(1, work >> 12))
+    read = prod(sizes[n] for n in "ijk") + prod(sizes[n] for n in "krq")  # of few rows, what takes the time
+    threads = min(threads, max(1, (4 * work + read) >> 14))
     split = _split(call, forms, outputs, sizes, formed, balanced, threads, limit)
     if split is None:
         threads, split = 1, Split("t", False)

@@ -101,18 +101,14 @@ class HyperLayer(nn.Module):
 
     def arguments(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `function` that a call of the layer comes to."""
-        self._check_dtype("x", x)
+        head = self.head
+        if x.dtype != head.dtype:
+            self._check_dtype("x", x)
         hidden, ambient_ids = self.hidden(context)
         weight_hidden, bias = self._split_bias(hidden)
-        return {
-            "x": x,
-            "hidden": weight_hidden,
-            "head": self.head,
-            "bias": bias,
-            "context_ids": ambient_ids if context_ids is None else context_ids,
-            "order": self.order,
-            "backend": self.backend,
-        }
+        ids = ambient_ids if context_ids is None else context_ids
+        given = {"x": x, "hidden": weight_hidden, "head": head, "bias": bias, "context_ids": ids}
+        return {**given, "order": self.order, "backend": self.backend}
 
     def forward(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> Tensor:
         return type(self).function(**self.arguments(x, context, context_ids))
