@@ -41,8 +41,8 @@ format: $(VENV)/installed  ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-conv bench-algebra  ## measure on this machine's CPU: cpu, conv and algebra .json in benchmarks/results
-	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not conv and not algebra" \
+bench: bench-conv bench-algebra bench-model  ## measure on this machine's CPU: cpu, conv, algebra, model .json in benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not conv and not algebra and not model" \
 	  --benchmark-json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json
 

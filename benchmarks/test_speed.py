@@ -17,13 +17,14 @@ from algebra_cases import ALGEBRA_CASES
 from cases import CPU_CASES, OURS
 from conv_cases import CONV_CASES
 from measure import Quantiles, timed, warm
+from model_cases import MODEL_CASES
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperkernels.testing import peak_bytes
 
 ROUNDS = 15
-CASES = CPU_CASES | CONV_CASES | ALGEBRA_CASES
+CASES = CPU_CASES | CONV_CASES | ALGEBRA_CASES | MODEL_CASES
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -116,6 +116,17 @@ def test_hyper_resnet_measures_and_draws(tmp_path):
     assert (tmp_path / "resnet.png").stat().st_size > 10_000
 
 
+def test_replace_linear_trains_and_draws(tmp_path):
+    sizes = ("--steps", "2", "--batch", "1", "--length", "16", "--width", "8")
+    result = run("python/demos/replace_linear.py", "--model", "small", *sizes, "--output", tmp_path / "loss.png")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "16 linear layers replaced" in " ".join(result.stdout.split())
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    refused = run("python/demos/replace_linear.py", "--model", tmp_path / "nowhere")
+    assert refused.returncode == 2
+    assert "--model: got" in refused.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -128,6 +139,7 @@ def test_hyper_resnet_measures_and_draws(tmp_path):
         "benchmarks/scaling.py",
         "python/demos/vit_rotations.py",
         "python/demos/hyper_resnet.py",
+        "python/demos/replace_linear.py",
     ],
 )
 def test_help_teaches_with_examples(command):

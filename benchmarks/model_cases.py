@@ -1,0 +1,215 @@
+"""Language models that nobody rewrote: dense, and with every linear layer of their blocks swapped by `hyperize_`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cases import OURS, Case
+from measure import Contestants
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hyperkernels as hk
+from hyperkernels.testing import assert_no_worse_than_eager
+
+GPT2 = "GPT-2 of 124M, every linear of its blocks hyperized, m=32"
+VOCABULARY = 50_257
+
+
+def gpt2(context_features: int | None = None) -> tuple[Any, Any]:
+    """The dense model, and the same one swapped."""
+    dense: Any = GPT2LMHeadModel(GPT2Config()).eval()  # its defaults are the 124M model's
+    hyper = copy.deepcopy(dense)
+    hk.hyperize_(hyper, hk.HyperConfig(width=32, context_features=context_features))
+    return dense, hyper
+
+
+def linears(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """Those of the blocks, and how many features they take, the dense ones too."""
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, hk.HyperLinear):
+            found.append((layer, layer.in_features))
+        elif type(layer).__name__ == "Conv1D":
+            found.append((layer, layer.weight.shape[0]))  # type: ignore[union-attr, index]
+    return found
+
+
+def run_linears(model: nn.Module, *lead: int, train: bool = False) -> Callable[[], Any]:
+    layers = linears(model)
+    inputs = [torch.randn(*lead, features, requires_grad=train) for _, features in layers]
+
+    def run() -> None:
+        with torch.set_grad_enabled(train):
+            for (layer, _), x in zip(layers, inputs):
+                y = layer(x)
+                if train:
+                    y.backward(y.detach())
+
+    return run
+
+
+def check_logits(hyper: Any, tokens: Tensor) -> None:
+    """Against the model with the weights formed."""
+    with torch.no_grad():
+        eager: Any = hk.merge_(copy.deepcopy(hyper))
+        exact: Any = copy.deepcopy(eager).double()
+        assert_no_worse_than_eager("logits", *(model(tokens).logits for model in (hyper, eager, exact)))
+
+
+def decode(*, faster: float) -> Case:
+    """One token of one request, 256 tokens after the first; beside it what of that the output head takes."""
+    dense, hyper = gpt2()
+    prompt, token = torch.randint(VOCABULARY, (1, 256)), torch.randint(VOCABULARY, (1, 1))
+
+    def after_prompt(model: Any) -> Callable[[], Any]:
+        name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+        with torch.inference_mode():
+            cache = model(prompt, use_cache=True).past_key_values
+
+        def run() -> None:
+            with torch.inference_mode():
+                model(token, **{name: cache}, use_cache=True)
+                cache.crop(-1)
+
+        return run
+
+    def head() -> None:
+        with torch.inference_mode():
+            dense.lm_head(torch.ones(1, 1, 768))
+
+    contestants: Contestants = {
+        "dense": after_prompt(dense),
+        "of it the linears, dense": run_linears(dense, 1, 1),
+        "of both the output head": head,
+        OURS: after_prompt(hyper),
+    }
+    return Case(f"decode a token, {GPT2}", contestants, lambda: check_logits(hyper, prompt), {"dense": faster})
+
+
+def only_linears(B: int, *, train: bool = False, faster: float) -> Case:
+    dense, hyper = gpt2()
+    contestants = {"dense": run_linears(dense, 1, B, train=train), OURS: run_linears(hyper, 1, B, train=train)}
+    what = "forward and backward" if train else "forward"
+    tokens = torch.randint(VOCABULARY, (1, 16))
+    name = f"{what} of the hyperized linears alone, {B} token{'s' * (B > 1)}, {GPT2}"
+    return Case(name, contestants, lambda: check_logits(hyper, tokens), {"dense": faster})
+
+
+def step(B: int, T: int, *, faster: float) -> Case:
+    dense, hyper = gpt2()
+    tokens, labels = torch.randint(VOCABULARY, (B, T)), torch.randint(VOCABULARY, (B * T,))
+    activations, head = torch.randn(B * T, 768, requires_grad=True), nn.Linear(768, VOCABULARY, bias=False)
+
+    def train(model: Any) -> None:
+        model.train()
+        model.zero_grad()
+        F.cross_entropy(model(tokens).logits.flatten(0, 1), labels).backward()
+
+    def train_head() -> None:
+        head.zero_grad()
+        F.cross_entropy(head(activations), labels).backward()
+
+    contestants: Contestants = {
+        "dense": lambda: train(dense),
+        "of it the linears, dense": run_linears(dense, B, T, train=True),
+        "of ours the linears": run_linears(hyper, B, T, train=True),
+        "of both the output head and the loss": train_head,
+        OURS: lambda: train(hyper),
+    }
+    name = f"forward and backward, batch {B} x {T}, {GPT2}"
+    return Case(name, contestants, lambda: check_logits(hyper, tokens[:1, :16]), {"dense": faster})
+
+
+def serving(requests: int, tasks: int, T: int) -> Case:
+    """Requests of many tasks in one batch, each with its task's weights: against the same model task by task, and a
+    dense model for each task."""
+    _, hyper = gpt2(context_features=16)
+    z, which = torch.randn(tasks, 16), torch.arange(requests) % tasks
+    tokens = torch.randint(VOCABULARY, (requests, T))
+    separate = [hk.merge_(copy.deepcopy(hyper), own) for own in z]
+
+    @torch.no_grad()
+    def mixed() -> Tensor:
+        with hk.context(z, context_ids=which):
+            return hyper(tokens, logits_to_keep=1).logits
+
+    @torch.no_grad()
+    def by_task(run: Callable[[int, Tensor], Tensor]) -> Tensor:
+        logits = torch.empty(requests, 1, VOCABULARY)
+        for task in range(tasks):
+            logits[which == task] = run(task, tokens[which == task])
+        return logits
+
+    def hyper_alone(task: int, own: Tensor) -> Tensor:
+        with hk.context(z[task]):
+            return hyper(own, logits_to_keep=1).logits
+
+    contestants: Contestants = {
+        "hyper, task by task": lambda: by_task(hyper_alone),
+        "dense, a model for each task": lambda: by_task(lambda task, own: separate[task](own, logits_to_keep=1).logits),
+        OURS: mixed,
+    }
+
+    def check() -> None:
+        one_by_one = contestants["dense, a model for each task"]()
+        assert torch.equal(mixed().argmax(-1), one_by_one.argmax(-1))
+        torch.testing.assert_close(mixed(), one_by_one, rtol=1e-3, atol=1e-3)
+
+    name = f"forward, {requests} requests of {tasks} tasks, {T} tokens each, {GPT2}"
+    return Case(name, contestants, check, {"hyper, task by task": 1})
+
+
+def generated_weight() -> Case:
+    """What `F.linear` of a `GeneratedWeight` costs beside `hyper_linear` of what it is made of."""
+    hidden, head, x = torch.randn(8, 8, 16), torch.randn(16, 8, 8), torch.randn(1, 64)
+    weight = hk.GeneratedWeight(hidden, head, (64, 64))
+
+    def many(call: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.inference_mode():
+                for _ in range(1000):
+                    call()
+
+        return run
+
+    def check() -> None:
+        assert torch.equal(F.linear(x, weight), hk.hyper_linear(x, hidden, head))
+
+    contestants: Contestants = {
+        "hyper_linear": many(lambda: hk.hyper_linear(x, hidden, head)),
+        OURS: many(lambda: F.linear(x, weight)),
+    }
+    return Case("1000 calls of F.linear with a GeneratedWeight, 64x64", contestants, check)
+
+
+def fitted(size: int, chunk: tuple[int, int], m: int) -> Case:
+    """The closed-form fit, and the least of it: the singular vectors of W as its chunks lie."""
+    weight = torch.randn(size, size) @ torch.diag(torch.arange(1, size + 1) ** -0.5)
+
+    def check() -> None:
+        hidden, head, error = hk.fit(weight, chunk, m)
+        found = (weight - hk.generate_weight(hidden, head, weight.shape)).double().norm() / weight.double().norm()
+        assert abs(error - found.item()) < 1e-6
+
+    contestants: Contestants = {
+        "torch.svd_lowrank": lambda: torch.svd_lowrank(weight, m + 32, 6),
+        OURS: lambda: hk.fit(weight, chunk, m),
+    }
+    return Case(f"fit a {size}x{size} layer, chunks {chunk[0]}x{chunk[1]}, m={m}", contestants, check)
+
+
+MODEL_CASES: dict[str, Callable[[], Case]] = {
+    "model_decode": lambda: decode(faster=1.5),
+    "model_linears": lambda: only_linears(1, faster=5),
+    "model_linears_16": lambda: only_linears(16, faster=5),
+    "model_step": lambda: step(4, 256, faster=1.8),
+    "model_serving": lambda: serving(16, 8, 16),
+    "model_generated_weight": generated_weight,
+    "model_fit": lambda: fitted(4096, (16, 256), 64),
+}
