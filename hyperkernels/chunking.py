@@ -54,3 +54,9 @@ def weight_from_chunks(chunks: Tensor, out_features: int, in_features: int) -> T
     """`[G, I, J, rows, cols, ...]` to `[G, N, K, ...]`."""
     weight = chunks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return weight[:, :out_features, :in_features]
+
+
+def check_chunk(chunk: tuple[int, int]) -> tuple[int, int]:
+    if not (isinstance(chunk, (tuple, list)) and len(chunk) == 2 and all(isinstance(c, int) and c > 0 for c in chunk)):
+        raise ValueError(f"chunk: got {chunk!r}, wanted (rows, cols), positive integers")
+    return chunk[0], chunk[1]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperkernels.chunking import Grid
+from hyperkernels.chunking import Grid, check_chunk
 from hyperkernels.functional import generate_weight
 
 EXACT = 512  # chunks, or numbers in one, up to which all singular values are found
@@ -33,6 +33,9 @@ def fit(weight: Tensor, chunk: tuple[int, int], width: int) -> tuple[Tensor, Ten
 
     Memory: W as its chunks lie, in fp32 or wider, once more.
 
+    Raises:
+        TypeError, ValueError: weight, chunk or width is nothing of the kind above, or weight not finite.
+
     Example:
         >>> import torch, hyperkernels as hk
         >>> hidden, head, error = hk.fit(torch.kron(torch.randn(3, 4), torch.randn(5, 6)), (5, 6), 1)
@@ -41,6 +44,16 @@ def fit(weight: Tensor, chunk: tuple[int, int], width: int) -> tuple[Tensor, Ten
 
     Source: Van Loan and Pitsianis 1993; the randomised one Halko, Martinsson and Tropp 2011.
     """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight: got {got}, wanted a floating tensor")
+    if weight.dim() < 2:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [N, K] or [N, K, *kernel]")
+    chunk = check_chunk(chunk)
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"width: got {width!r}, wanted a positive integer")
+    if not weight.isfinite().all():
+        raise ValueError("weight: got numbers that are not finite, wanted finite ones")
     N, K, *kernel = weight.shape
     grid = Grid(N, K, *chunk)
     (rows, cols), I, J = chunk, grid.I, grid.J

@@ -141,8 +141,10 @@ def materialize(
 
 
 def add_to_new(y: Tensor, bias: Tensor) -> Tensor:
-    """`y + bias`, in the memory of y, which nobody else has seen: to touch new memory takes as long as a product."""
-    return y + bias if transformed() or watched(y, bias) else y.add_(bias)
+    """`y + bias`, in the memory of y, which nobody else has seen: to touch memory anew takes as long as a product. Not
+    in that of a view, where autograd would lose its way."""
+    seen = transformed() or watched(y, bias) or (y.requires_grad and y._is_view())
+    return y + bias if seen else y.add_(bias)
 
 
 def _add_head_bias(y: Tensor, x: Tensor, head_bias: Tensor, grid: Grid) -> Tensor:

@@ -65,7 +65,10 @@ def configs_by_name(config: Any, names: list[str]) -> Callable[[str], tuple[Hype
         return lambda name: (config, "")
     if not isinstance(config, Mapping) or not all(v is None or isinstance(v, HyperConfig) for v in config.values()):
         raise TypeError(f"config: got {type(config).__name__}, wanted a HyperConfig, or a dict of them by patterns")
-    patterns = {re.compile(pattern): own for pattern, own in config.items()}
+    try:
+        patterns = {re.compile(pattern): own for pattern, own in config.items()}
+    except re.error as error:
+        raise ValueError(f"config: got {error.pattern!r}, wanted a regular expression: {error}") from error
 
     for pattern in patterns:
         if not any(map(pattern.fullmatch, names)):

@@ -127,6 +127,9 @@ class DeferredWeight(AbsentWeight):
         weight.scale, weight.contexts, weight.settings, weight.made = 1.0, 1, {"head_bias": None}, made
         return weight
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={list(shape_of(self))})"
+
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in AS_IT_IS or function in TOLD:

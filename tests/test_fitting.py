@@ -94,3 +94,24 @@ def test_in_bfloat16_the_error_is_of_what_is_kept():
     assert layer.head.dtype == torch.bfloat16
     assert layer.fit_error == pytest.approx(wanted, abs=5e-3)
     assert layer.fit_error < 0.01
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "match"),
+    [
+        (lambda: hk.fit(torch.ones(4), (2, 2), 1), ValueError, r"weight: got shape \[4\]"),
+        (lambda: hk.fit(torch.ones(4, 4, dtype=torch.int64), (2, 2), 1), TypeError, "weight: got torch.int64"),
+        (lambda: hk.fit([[1.0]], (1, 1), 1), TypeError, "weight: got list"),
+        (lambda: hk.fit(torch.ones(4, 4), (0, 2), 1), ValueError, r"chunk: got \(0, 2\)"),
+        (lambda: hk.fit(torch.ones(4, 4), (2, 2), 0), ValueError, "width: got 0"),
+        (lambda: hk.fit(torch.full((4, 4), torch.nan), (2, 2), 1), ValueError, "weight: got numbers that are not"),
+        (lambda: hk.HyperLinear.from_linear(nn.Conv2d(3, 3, 3)), TypeError, "dense: got Conv2d, wanted a Linear"),
+        (lambda: hk.HyperConv2d.from_dense(nn.Linear(3, 3)), TypeError, "dense: got Linear, wanted a Conv2d"),
+        (lambda: hk.HyperLinear.from_linear("x"), TypeError, "dense: got str"),
+        (lambda: hk.nn.HyperResidual(nn.ReLU(), [hk.HyperLinear(4, 4, False)]), TypeError, "base: got ReLU"),
+        (lambda: hk.hyperize_(nn.Sequential(), {"(": hk.HyperConfig()}), ValueError, "config: got '\\('"),
+    ],
+)
+def test_what_does_not_fit_is_refused(run, error, match):
+    with pytest.raises(error, match=match):
+        run()

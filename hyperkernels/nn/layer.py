@@ -158,12 +158,17 @@ class HyperLayer(nn.Module):
             dense: the layer that this one stands for; its dtype, device and mode are kept.
             chunk, width, context_features: as of the layer. A context changes nothing until it has learned to.
 
+        Raises:
+            TypeError, ValueError: dense is another kind of layer, or as the layer's constructor and `fit`.
+
         Example:
             >>> import torch, hyperkernels as hk
             >>> layer = hk.HyperConv2d.from_dense(torch.nn.Conv2d(8, 16, 3), chunk=(4, 4), width=8)
             >>> layer.fit_error < 1e-5  # as many singular values as there are
             True
         """
+        if not (isinstance(dense, cls.dense) or (cls.dense is nn.Linear and type(dense).__name__ == "Conv1D")):
+            raise TypeError(f"dense: got {type(dense).__name__}, wanted a {cls.dense.__name__}")
         weight, build = weight_of(dense), partial(cls, **cls._sizes_of(dense))
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         given = {"bias": dense.bias is not None, "context_features": context_features, "width": width}
@@ -234,9 +239,3 @@ def hidden_second_moment(hypernet: Callable[[Any], Hidden], context_features: in
         dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
         moments.append(dense.float().square().mean())
     return torch.stack(moments).mean().clamp_min(1e-6)
-
-
-def check_chunk(chunk: tuple[int, int]) -> tuple[int, int]:
-    if not (isinstance(chunk, (tuple, list)) and len(chunk) == 2 and all(isinstance(c, int) and c > 0 for c in chunk)):
-        raise ValueError(f"chunk: got {chunk!r}, wanted (rows, cols), positive integers")
-    return chunk[0], chunk[1]

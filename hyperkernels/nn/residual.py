@@ -41,6 +41,8 @@ class HyperResidual(nn.Module):
 
     def __init__(self, base: nn.Module, change: Sequence[HyperLayer]) -> None:
         super().__init__()
+        if not isinstance(getattr(base, "weight", None), nn.Parameter):
+            raise TypeError(f"base: got {type(base).__name__}, wanted a dense layer")
         if not change or not all(isinstance(layer, HyperLayer) and layer.bias is None for layer in change):
             raise ValueError(f"change: got {change}, wanted hyper layers without biases")
         self.base = base.requires_grad_(False)

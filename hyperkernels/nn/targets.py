@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hyperkernels.chunking import Grid
-from hyperkernels.nn.layer import check_chunk
+from hyperkernels.chunking import Grid, check_chunk
 from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
