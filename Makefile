@@ -57,7 +57,7 @@ sweep: $(VENV)/installed  ## measure every order over 240 shapes beside the plan
 	$(BIN)/python benchmarks/sweep.py
 
 readme: $(VENV)/installed  ## write the saved results into the README's tables
-	for name in cpu conv; do \
+	for name in cpu conv model; do \
 	  $(BIN)/python benchmarks/report.py benchmarks/results/$$name.json --readme README.md; done
 
 sass: $(VENV)/installed  ## the Triton kernels compiled for four chips: registers, spills, rooflines; no GPU

@@ -19,7 +19,7 @@ def run(*command):
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", ["cpu", "conv"])
+@pytest.mark.parametrize("name", ["cpu", "conv", "model"])
 def test_readme_holds_the_saved_results(name):
     results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     sweep = json.loads((ROOT / "benchmarks/results/sweep.json").read_text())

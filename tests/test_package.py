@@ -36,7 +36,7 @@ assert counter.get_total_flops() == 4, counter.get_total_flops()
 
 def test_the_readmes_examples_run(capsys):
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    assert len(blocks) == 5
+    assert len(blocks) == 4
     names = {"torch": torch}
     for block in blocks:
         exec(block.split("```")[0], names)
