@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import hyperkernels as hk
 from hyperkernels.chunking import Grid
@@ -210,3 +211,10 @@ def test_trains():
         loss.backward()
         optimizer.step()
     assert loss < 0.02 * wanted.square().mean()
+
+
+def test_flops_of_a_static_layer_are_counted_in_inference_mode():
+    layer = hk.HyperLinear(16, 8, width=4)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        layer(torch.randn(3, 16))
+    assert counter.get_total_flops() > 0

@@ -161,8 +161,8 @@ class FreeTrunk(nn.Module):
             nn.init.zeros_(self.context_layer.weight)
 
     def forward(self, context: Tensor | None = None) -> Tensor | AdditiveHidden:
-        if self.context_layer is None:
-            return self.chunks
+        if self.context_layer is None:  # what counts FLOPs looks for the graph of a module's result, if it may learn
+            return self.chunks.detach() if torch.is_inference_mode_enabled() else self.chunks
         if context is None:
             raise ValueError("context: got None, wanted [G, context_features]: this trunk is conditional")
         z = check_context(context, "context", self.context_features)
