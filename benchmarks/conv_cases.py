@@ -31,7 +31,8 @@ def convolution(
     smaller: dict[str, float] | None = None,
 ) -> Case:
     """Kernels of 3x3 on images of `size x size`, padded to stay so: against `nn.Conv2d`; or with a context per image
-    against all kernels formed, and one convolution with a group per image."""
+    against all kernels formed, and one convolution with a group per image. `cpu, unfolded` is the native engine on
+    windows laid out beforehand, for nothing: the most that a fused convolution of its own could reach."""
     rows, cols = chunk
     I, J = channels // rows, channels // cols
     hidden = torch.randn(*((B,) if per_image else ()), I, J, m).requires_grad_()
@@ -56,6 +57,10 @@ def convolution(
     contestants: Contestants = {} if per_image else {"nn.Conv2d": lambda: run(dense, leaves[:1])}
     formed = "grouped conv" if per_image else "materialise"
     contestants |= {formed: lambda: run(materialised, leaves), OURS: lambda: run(ours, leaves)}
+    windows = F.unfold(leaves[0].detach(), 3, padding=1).transpose(1, 2).contiguous().requires_grad_()
+    laid_out = [windows, hidden.detach().requires_grad_(), leaves[2].detach().flatten(2).requires_grad_()]
+    dy_rows = dy.flatten(2).transpose(1, 2).contiguous()
+    contestants["cpu, unfolded"] = lambda: run(hk.hyper_linear, laid_out, dy_rows)
 
     def check() -> None:
         few = [v[:2] if v.shape[0] == B else v for v in leaves[:2]] + leaves[2:]

@@ -23,6 +23,7 @@ COLORS = {
     "materialise": "#d55e00",
     "einsum": "#56b4e9",
     "torch backend": "#009e73",
+    "cpu, unfolded": "#009e73",
     OURS: "#0072b2",
     "triton": "#cc79a7",
 }

@@ -225,3 +225,34 @@ def test_explain():
         hk.explain(hk.hyper_linear, X, HIDDEN, HEAD, bias=torch.zeros(1000))
     with pytest.raises(TypeError, match="missing a required argument: 'x'"):
         hk.explain(hk.HyperLinear(8, 8))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x": torch.randn(7, 7).double()},
+        {"x": torch.randn(7, 10)},
+        {"x": torch.randn(7, 7).long()},
+        {"hidden": torch.randn(3, 3, 5).double()},
+        {"hidden": torch.randn(2, 3, 5)},
+        {"hidden": hk.AdditiveHidden(torch.randn(2, 5), torch.randn(3, 3, 5), "relu")},
+        {"head": torch.randn(5, 4, 3).half()},
+        {"bias": torch.randn(9)},
+        {"bias": torch.randn(10).double()},
+        {"head_bias": torch.randn(4, 2)},
+        {"out_features": 13},
+        {"out_features": 10.0},
+        {"context_ids": torch.zeros(7)},
+        {"context_ids": torch.zeros(6, dtype=torch.int64)},
+        {"head": [[1.0]]},
+    ],
+    ids=lambda changed: "-".join(f"{k}_{type(v).__name__}" for k, v in changed.items()),
+)
+def test_what_differs_from_a_call_that_was_right_is_checked_anew(changed):
+    given = {"x": torch.randn(7, 7), "hidden": torch.randn(3, 3, 5), "head": torch.randn(5, 4, 3), "out_features": 10}
+    given |= {"bias": torch.randn(10), "head_bias": torch.randn(4, 3)}
+    for _ in range(2):
+        hk.hyper_linear(**given)
+    with pytest.raises((TypeError, ValueError), match=rf"({next(iter(changed))}|x|hidden|head|out_features): "):
+        hk.hyper_linear(**given | changed)
+    hk.hyper_linear(**given)

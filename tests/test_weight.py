@@ -44,10 +44,12 @@ RUNS = {
     "addmm": lambda w: torch.addmm(torch.ones(B, N).double(), x, w.T),
     "W.T @ y": lambda w: w.T @ x[:N],
     "to": lambda w: F.linear(x.float(), w.to(torch.float32)).double(),
+    "rows": lambda w: w[2:5],
+    "embedding": lambda w: F.embedding(torch.tensor([[0, 2], [3, 1]]), w),
 }
 FORMED = {
     "sum": lambda w: w.sum(),
-    "rows": lambda w: w[2:5],
+    "columns": lambda w: w[:, 2:5],
     "norm": lambda w: torch.linalg.vector_norm(w),
     "stack": lambda w: torch.stack([w, w]),
     "scaled": lambda w: 2 * w,
