@@ -84,14 +84,14 @@ def chunk_norms(a: AbsentWeight) -> Tensor:
     grid = matrix.cut
     if not isinstance(grid, Grid):
         raise ValueError(f"a: got {grid}, wanted chunks that are blocks of the weight")
-    I, J = grid.I, grid.J
-    found = matrix.hidden.new_empty(len(matrix.hidden), I, J)
+    I, J, hidden = grid.I, grid.J, matrices.formed(matrix.hidden)
+    found = hidden.new_empty(len(hidden), I, J)
     for i, r in matrices.cropped_alike(I, grid.rows, grid.out_features):
         for j, q in matrices.cropped_alike(J, grid.cols, grid.in_features):
             head = matrix.head.unflatten(0, (I, J))[i, j] if matrix.head.dim() == 4 else matrix.head
             own = head[..., :r, :q].flatten(-2)
-            grams = (own @ own.mT).expand(*matrix.hidden[0, i, j].shape, -1)
-            found[:, i, j] = torch.einsum("gijk,ijkl,gijl->gij", matrix.hidden[:, i, j], grams, matrix.hidden[:, i, j])
+            grams = (own @ own.mT).expand(*hidden[0, i, j].shape, -1)
+            found[:, i, j] = torch.einsum("gijk,ijkl,gijl->gij", hidden[:, i, j], grams, hidden[:, i, j])
     return _root(found)
 
 
@@ -146,7 +146,8 @@ def spectral_norm(a: AbsentWeight, iterations: int = 20) -> Tensor:
 def _products(a: AbsentWeight) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]:
     """`v -> W v` and `u -> W^T u`, of a context's entry each, and how long v is."""
     if not isinstance(a, FlatWeight):
-        hidden, head, cut, _ = Matrix.of(a, "a")
+        matrix = Matrix.of(a, "a")
+        hidden, head, cut = matrices.formed(matrix.hidden), matrix.head, matrix.cut
         assert isinstance(cut, Grid)
         N, K, turned = cut.out_features, cut.in_features, head.mT
         if head.dim() == 4:  # one for each chunk: they move with the chunks

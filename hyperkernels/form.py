@@ -65,7 +65,12 @@ def _signature(x: Any, hidden: Any, head: Any, out_features: Any, *others: Any) 
         parts, activation = (x, hidden.context, hidden.chunks, head, *others), hidden.activation
     else:
         parts, activation = (x, hidden, head, *others), None
-    return (activation, out_features, type(out_features), *[None if v is None else (v.shape, v.dtype, v.device) for v in parts])
+    return (
+        activation,
+        out_features,
+        type(out_features),
+        *[None if v is None else (v.shape, v.dtype, v.device) for v in parts],
+    )
 
 
 def _check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ class Stretch(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A generated weight, its scale and head_bias among its factors: hidden `[G, I, J, m]`, head `[m, rows, cols]` or
-    `[I*J, m, rows, cols]`, the positions of a kernel among its columns; and a key of what the head is made of. Of a
-    stretch of a vector the chunks are a row, hidden `[G, 1, C, m]` and head `[m, 1, size]`."""
+    """A generated weight, its scale and head_bias among its factors: hidden `[G, I, J, m]`, formed or additive, head
+    `[m, rows, cols]` or `[I*J, m, rows, cols]`, the positions of a kernel among its columns; and a key of what the head
+    is made of. Of a stretch of a vector the chunks are a row, hidden `[G, 1, C, m]` and head `[m, 1, size]`."""
 
-    hidden: Tensor
+    hidden: Tensor | AdditiveHidden
     head: Tensor
     cut: Grid | Stretch
     key: tuple[int, ...]
@@ -46,12 +46,12 @@ class Matrix(NamedTuple):
             head, bias = head[:, None], None if bias is None else bias[None]
             cut, per_chunk, kernel = Stretch(start - first * size, end - first * size, size), False, []
         else:
-            hidden = weight.hidden.materialize() if isinstance(weight.hidden, AdditiveHidden) else weight.hidden
+            hidden = weight.hidden
             N, K, *kernel = (*weight.shape, 1) if weight.dim() == 1 else weight.shape
             per_chunk = head.dim() == 4 + len(kernel)
             head = head.flatten(per_chunk + 2)
             cut = Grid(N, K * prod(kernel), *head.shape[-2:])
-            hidden = hidden if hidden.dim() == 4 else hidden[None]
+            hidden = hidden if len(hidden.shape) == 4 else hidden[None]  # type: ignore[index]
         key = (id(weight.head), id(weight.settings["head_bias"]))
         if bias is not None:
             bias = bias.flatten(bias.dim() - 1 - len(kernel))
@@ -59,16 +59,16 @@ class Matrix(NamedTuple):
                 head = head.expand(len(bias), *head.shape)
             width = head.dim() - 3
             bias = bias.expand(*head.shape[:width], *bias.shape[-2:]).unsqueeze(width)
-            head = torch.cat([head, bias], width)
+            head, hidden = torch.cat([head, bias], width), formed(hidden)
             hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
-        return cls(weight.scale * hidden if weight.scale != 1 else hidden, head, cut, key)
+        return cls(weight.scale * formed(hidden) if weight.scale != 1 else hidden, head, cut, key)
 
 
 class Part(NamedTuple):
-    """Chunks that are cropped alike: hidden `[G, C, m]`, what is left of the head, `[m, n]` or `[C, m, n]`, and a key
-    that is equal where that is."""
+    """Chunks that are cropped alike: hidden `[G, C, m]` or additive `[G, C, 1, m]`, what is left of the head, `[m, n]`
+    or `[C, m, n]`, and a key that is equal where that is."""
 
-    hidden: Tensor
+    hidden: Tensor | AdditiveHidden
     head: Tensor
     key: tuple[int, ...]
 
@@ -79,14 +79,36 @@ def parts_of(matrix: Matrix) -> Iterator[Part]:
     hidden, head, cut, of = matrix
     if isinstance(cut, Stretch):
         for first, last, begin, end in stretches(*cut):
-            yield Part(hidden[:, 0, first:last], head[:, 0, begin:end], (*of, begin, end))
+            yield Part(formed(hidden)[:, 0, first:last], head[:, 0, begin:end], (*of, begin, end))
         return
     I, J = cut.I, cut.J
     for i, r in cropped_alike(I, cut.rows, cut.out_features):
         for j, q in cropped_alike(J, cut.cols, cut.in_features):
             own = head.unflatten(0, (I, J))[i, j].flatten(0, 1) if head.dim() == 4 else head
             key = (*of, r, q, *((i.start, j.start) if head.dim() == 4 else ()))
-            yield Part(hidden[:, i, j].flatten(1, 2), own[..., :r, :q].flatten(-2), key)
+            if isinstance(hidden, AdditiveHidden):
+                chunks = hidden.chunks[i, j].flatten(0, 1)[:, None]
+                some: Any = AdditiveHidden(hidden.context, chunks, hidden.activation)
+            else:
+                some = hidden[:, i, j].flatten(1, 2)
+            yield Part(some, own[..., :r, :q].flatten(-2), key)
+
+
+def formed(hidden: Tensor | AdditiveHidden) -> Tensor:
+    """`[G, I, J, m]`."""
+    return hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
+
+
+def together(hiddens: list[Any]) -> Tensor:
+    """The hiddens of some parts side by side, `[G, C, m]`; of additive ones that have a context in common, formed at
+    once."""
+    first = hiddens[0]
+    if all(isinstance(h, AdditiveHidden) for h in hiddens):
+        alike = all(h.context is first.context and h.activation == first.activation for h in hiddens)
+        if alike and len(hiddens) > 1:
+            hiddens = [AdditiveHidden(first.context, torch.cat([h.chunks for h in hiddens]), first.activation)]
+    found = [h.materialize()[:, :, 0] if isinstance(h, AdditiveHidden) else h for h in hiddens]
+    return torch.cat(found, 1) if len(found) > 1 else found[0]
 
 
 def cropped_alike(count: int, size: int, extent: int) -> list[tuple[slice, int]]:
@@ -105,7 +127,8 @@ def mixed(hidden: Tensor, grams: Tensor) -> Tensor:
 def pairs(a: Matrix, b: Matrix) -> Iterator[tuple[Tensor, Tensor]]:
     """`<W, W'>` is the sum over these of their products: `[G, C*m']` of a, and of b."""
     for left, right in zip(parts_of(a), parts_of(b)):
-        yield mixed(left.hidden, left.head @ right.head.mT).flatten(1), right.hidden.flatten(1)
+        own, other = together([left.hidden]), together([right.hidden])
+        yield mixed(own, left.head @ right.head.mT).flatten(1), other.flatten(1)
 
 
 def sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
@@ -114,12 +137,12 @@ def sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
     for matrix in matrices:
         for part in parts_of(matrix):
             groups.setdefault(part.key, []).append(part)
-    found = []
-    for parts in groups.values():
-        head = parts[0].head
-        hidden = torch.cat([part.hidden for part in parts], 1) if len(parts) > 1 else parts[0].hidden
-        found.append((squares if transformed() else Squares.apply)(hidden, head))
+    found = [_squares(together([part.hidden for part in parts]), parts[0].head) for parts in groups.values()]
     return torch.stack(found).sum(0).clamp_min(0)
+
+
+def _squares(hidden: Tensor, head: Tensor) -> Tensor:
+    return (squares if transformed() else Squares.apply)(hidden, head)  # type: ignore[return-value]
 
 
 def squares(hidden: Tensor, head: Tensor) -> Tensor:
@@ -150,23 +173,25 @@ class Squares(torch.autograd.Function):
 
 
 def inner(left: Matrix, right: Matrix) -> Tensor:
-    if min(len(left.hidden), len(right.hidden)) > 1 and len(left.hidden) != len(right.hidden):
-        raise ValueError(f"b: got {len(right.hidden)} contexts, wanted a's {len(left.hidden)}, or one")
+    own, other = left.hidden.shape[0], right.hidden.shape[0]
+    if min(own, other) > 1 and own != other:
+        raise ValueError(f"b: got {other} contexts, wanted a's {own}, or one")
     return torch.stack([(u * v).sum(1) for u, v in pairs(left, right)]).sum(0)
 
 
 def squared_distances(couples: Iterable[tuple[Matrix, Matrix]]) -> Tensor:
-    """`sum_l ||W_l - W'_l||^2`, `[G]`; heads that are the same are told apart once."""
-    found, differences, heads = [], [], {}
+    """`sum_l ||W_l - W'_l||^2`, `[G]`; of chunks that read the same heads those are told apart once."""
+    found: list[Tensor] = []
+    groups: dict[tuple[int, ...], list[tuple[Part, Part]]] = {}
     for left, right in couples:
         if left.head.shape != right.head.shape:
             found.append(inner(left, left) + inner(right, right) - 2 * inner(left, right))
             continue
-        key = (*left.key, *right.key)
-        if key not in heads:
-            heads[key] = torch.cat([left.head, left.head - right.head], left.head.dim() - 3)
-        own, others = torch.broadcast_tensors(left.hidden, right.hidden)
-        differences.append(Matrix(torch.cat([own - others, others], -1), heads[key], left.cut, key))
-    if differences:
-        found.append(sum_of_squares(differences))
+        for pair in zip(parts_of(left), parts_of(right)):
+            groups.setdefault((*pair[0].key, *pair[1].key), []).append(pair)
+    for alike in groups.values():
+        lefts, rights = zip(*alike)
+        own, others = torch.broadcast_tensors(*(together([part.hidden for part in side]) for side in (lefts, rights)))
+        head = torch.cat([lefts[0].head, lefts[0].head - rights[0].head], -2)
+        found.append(_squares(torch.cat([own - others, others], -1), head))
     return torch.stack(found).sum(0).clamp_min(0)
