@@ -168,8 +168,11 @@ class Squares(torch.autograd.Function):
             found = iter(torch.autograd.grad(squares(*factors), wanted, d, create_graph=True))
             return tuple(next(found) if needed else None for needed in needs)
         d = 2 * d[:, None, None]
-        turned = "gcm,gcn->cmn" if head.dim() == 3 else "gcm,gcn->mn"
-        return d * through if needs[0] else None, torch.einsum(turned, d * hidden, hidden) @ head if needs[1] else None
+        dhead = None
+        if needs[1]:
+            own, other = (v.transpose(0, 1) if head.dim() == 3 else v.flatten(0, 1) for v in (d * hidden, hidden))
+            dhead = own.mT @ other @ head  # of one head the sum over its chunks, of each chunk's its own
+        return d * through if needs[0] else None, dhead
 
 
 def inner(left: Matrix, right: Matrix) -> Tensor:
