@@ -90,6 +90,18 @@ def test_equal_for_stretches_of_a_flat_vector(shape, start, form):
         algebra.chunk_norms(a)
 
 
+@pytest.mark.parametrize("other", ["context", "activation"])
+def test_layers_of_one_head_but_other_hiddens_are_told_apart(other):
+    def draw(*size):
+        return torch.randn(size, dtype=torch.float64)
+
+    head, context = draw(3, 4, 5), draw(2, 3)
+    second = (draw(2, 3), "tanh") if other == "context" else (context, "relu")
+    hiddens = [hk.AdditiveHidden(c, draw(3, 3, 3), activation) for c, activation in ((context, "tanh"), second)]
+    a, b = (hk.GeneratedWeight(hidden, head, (11, 13)) for hidden in hiddens)
+    torch.testing.assert_close(algebra.total_norm({"a": a, "b": b}), torch.cat([flat(a), flat(b)], 1).norm(dim=1))
+
+
 def test_the_output_regularizer_of_a_flat_vector():
     net = hk.HyperNet({"a": (30, 20), "b": (30,)}, context_features=4, width=5, layout="flat", chunk=64).double()
     tasks = torch.randn(6, 4, dtype=torch.float64)
