@@ -25,7 +25,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hyperkernels.hyper_config import HyperConfig
 from hyperkernels.nn.layer import HyperLayer
 from hyperkernels.swap import hyper_layers, hyperize_
-from hyperkernels.swap_report import SwapReport
 from hyperkernels.weight import AbsentWeight
 
 NAME = "hyperkernels"
@@ -66,7 +65,8 @@ class HyperLayersQuantizer(HfQuantizer):
         _check_files(checkpoint_files, configs, dict(model.named_modules()), here)
         built = {re.escape(name): replace(own, share_head=False, output_head=True) for name, own in configs.items()}
         report = hyperize_(model, built)
-        left = {name: report.skipped.get(name, "it is no such layer") for name in configs.keys() - _swapped(report)}
+        swapped = {layer.name for layer in report.swapped}
+        left = {name: report.skipped.get(name, "it is no such layer") for name in configs.keys() - swapped}
         if left:
             raise ValueError(f"config.json: wants hyper layers where none can be: {left}")
         for name, own in configs.items():
@@ -121,10 +121,6 @@ def _check_files(files: Any, configs: Mapping[str, HyperConfig], modules: Any, h
                 owners = {here(re.split(r"\.(?:hypernet|change)\.", key)[0]) for key in opened.keys()}  # noqa: SIM118
             for name in sorted(owners & modules.keys() - configs.keys() - {""}):
                 raise ValueError(f"config.json: names no hyper layer {name!r}, of which {file} has the tensors")
-
-
-def _swapped(report: SwapReport) -> set[str]:
-    return {layer.name for layer in report.swapped}
 
 
 def remember(model: Any) -> None:

@@ -55,6 +55,8 @@ class HyperConfig:
             raise ValueError(f"bias: got {self.bias!r}, wanted None: mode {self.mode!r} keeps the layer's own")
         if self.rank is not None and self.mode != "residual":
             raise ValueError(f"rank: got {self.rank}, wanted None: only a residual change has a rank")
+        if self.rank is not None and self.chunk is not None:
+            raise ValueError(f"chunk: got {self.chunk}, wanted None: the two layers of a rank have their own")
         if self.share_head and self.mode == "fit":
             raise ValueError("share_head: got True, wanted False: every layer is fitted by a head of its own")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -100,7 +99,7 @@ def hyperize_(
         for layer, parts in built.items():
             learned = [parameter.requires_grad for parameter in layer.parameters()]
             new: Any = HyperResidual(layer, parts) if configs[layer].mode == "residual" else parts[0]
-            new.config = replace(configs[layer], chunk=parts[0].chunk)
+            new.config = configs[layer] if configs[layer].rank else replace(configs[layer], chunk=parts[0].chunk)
             for name in names[layer]:
                 model.set_submodule(name, new)
             report.swaps.append(Swap(layer, new, names[layer], learned))
@@ -129,11 +128,9 @@ def _other_matrices(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if isinstance(module, (*HYPER, nn.Embedding)) or _hyper_kind(module):
             continue
-        for own, parameter in module._parameters.items():
-            stacked = (
-                parameter is not None and parameter.dim() > 2 and min(parameter.shape) > 1
-            )  # experts, one on another
-            if stacked or (parameter is not None and parameter.dim() > 1 and own.startswith("weight")):
+        for own, parameter in module.named_parameters(recurse=False):
+            stacked = parameter.dim() > 2 and min(parameter.shape) > 1  # experts, one on another
+            if stacked or (parameter.dim() > 1 and own.startswith("weight")):
                 found[name] = f"it is a {type(module).__name__}, neither nn.Linear nor nn.Conv"
     return found
 
@@ -230,10 +227,11 @@ def _hyper_layers_like(layer: Any, config: HyperConfig, dry_run: bool) -> list[H
     kind, weight = _hyper_kind(layer), layer.weight
     sizes = kind._sizes_of(layer)
     given: dict[str, Any] = {"width": config.width, "context_features": config.context_features}
+    given["device"] = "meta" if dry_run else weight.device
     if config.mode == "fit":
-        layers = [kind.from_dense(copy.deepcopy(layer).to("meta") if dry_run else layer, chunk=config.chunk, **given)]
+        layers = [kind.from_dense(layer, chunk=config.chunk, **given)]
     else:
-        given |= {"device": "meta" if dry_run else weight.device, "dtype": weight.dtype}
+        given["dtype"] = weight.dtype
         bias = False if config.mode == "residual" else (layer.bias is not None) if config.bias is None else config.bias
         if config.rank is None:
             layers = [kind(**sizes, chunk=config.chunk, bias=bias, **given)]

@@ -308,6 +308,7 @@ def test_a_layers_weight_is_there_for_who_reads_it():
         ({"rank": 3}, "rank: got 3, wanted None"),
         ({"rank": 0, "mode": "residual"}, "rank: got 0, wanted a positive integer"),
         ({"mode": "fit", "share_head": True}, "share_head"),
+        ({"mode": "residual", "rank": 2, "chunk": (4, 4)}, r"chunk: got \(4, 4\), wanted None"),
     ],
 )
 def test_settings_that_do_not_go_together(keywords, match):

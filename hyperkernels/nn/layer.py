@@ -150,12 +150,14 @@ class HyperLayer(nn.Module):
         chunk: tuple[int, int] | None = None,
         width: int = 32,
         context_features: int | None = None,
+        device: torch.device | str | None = None,
     ) -> Any:
         """A layer that generates the weight of `dense` as well as its chunks and width allow, in closed form (`fit`),
         and has its bias. Its trunk is a `FreeTrunk`; `layer.fit_error` is `||W - W_dense|| / ||W_dense||`.
 
         Args:
-            dense: the layer that this one stands for; its dtype, device and mode are kept.
+            dense: the layer that this one stands for; its dtype and mode are kept.
+            device: of the layer, dense's by default; on "meta" nothing is fitted.
             chunk, width, context_features: as of the layer. A context changes nothing until it has learned to.
 
         Raises:
@@ -170,13 +172,13 @@ class HyperLayer(nn.Module):
         if not (isinstance(dense, cls.dense) or (cls.dense is nn.Linear and type(dense).__name__ == "Conv1D")):
             raise TypeError(f"dense: got {type(dense).__name__}, wanted a {cls.dense.__name__}")
         weight, build = weight_of(dense), partial(cls, **cls._sizes_of(dense))
-        factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        factory: dict[str, Any] = {"device": weight.device if device is None else device, "dtype": weight.dtype}
         given = {"bias": dense.bias is not None, "context_features": context_features, "width": width}
         grid = build(**given, chunk=chunk, device="meta").grid
         trunk = FreeTrunk((grid.I, grid.J), width, context_features=context_features, **factory)
         layer = build(**given, chunk=(grid.rows, grid.cols), hypernet=trunk, **factory)
         layer.dense = type(dense)
-        if not weight.is_meta:
+        if not layer.head.is_meta:
             hidden, head, layer.fit_error = fit(weight, (grid.rows, grid.cols), width)
             with torch.no_grad():
                 trunk.chunks.copy_(hidden)
