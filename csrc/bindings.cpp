@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "cpu/dense.h"
+#include "cpu/few_rows.h"
 #include "cpu/step.h"
 
 namespace py = pybind11;
@@ -75,6 +76,16 @@ void run(const Step& step, const std::vector<View>& factors, const View& chunks,
     step.run(arguments);
 }
 
+FewRows few_rows(std::vector<int64_t> extent, int64_t out_features, int64_t in_features, int storage, int threads,
+                 const std::string& isa) {
+    Shape shape{array<label_count>(extent, "extent"), {}, out_features, in_features};
+    shape.storage = static_cast<Storage>(storage);
+    bool good = threads > 0 && (shape.storage == Storage::f32 || shape.storage == Storage::f64);
+    for (int64_t n : shape.extent) good = good && n > 0;
+    if (!good) throw py::value_error("extent, threads: wanted positive numbers; storage: fp32 or fp64");
+    return FewRows(shape, threads, chosen(isa));
+}
+
 // Multiplications and additions per second of one thread whose operands never leave its registers.
 double peak_flops_per_s(const std::string& isa, int64_t vectors) {
     const Kernels& kernels = *chosen(isa).f32;
@@ -116,4 +127,16 @@ PYBIND11_MODULE(_cpu, module) {
         .def_property_readonly("threads", &Step::threads)
         .def("work", &Step::work, "multiplications of a vector, all threads together")
         .def("run", &run);
+    py::class_<FewRows>(module, "FewRows")
+        .def(py::init(&few_rows), py::kw_only(), py::arg("extent"), py::arg("out_features"), py::arg("in_features"),
+             py::arg("storage"), py::arg("threads"), py::arg("isa"))
+        .def("workspace_bytes", &FewRows::workspace_bytes)
+        .def_property_readonly("threads", &FewRows::threads)
+        .def("work", &FewRows::work, "as Step.work")
+        .def("run", [](const FewRows& few, uintptr_t x, uintptr_t hidden, uintptr_t head, uintptr_t bias, uintptr_t y,
+                       int64_t rows, uintptr_t workspace) {
+            auto at = [](uintptr_t address) { return reinterpret_cast<char*>(address); };
+            py::gil_scoped_release unlocked;
+            few.run(at(x), at(hidden), at(head), at(bias), at(y), rows, at(workspace));
+        });
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from hyperkernels.call import SLOTS, Call, result_names, slot_of
 from hyperkernels.hidden import ACTIVATIONS, additive_pre
 from hyperkernels.operators import FACTORS, contract
-from hyperkernels.watched import transformed
+from hyperkernels.watched import unrecorded
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,11 @@ def partials(settings: Settings, context_ids: Tensor | None, *factors: Tensor | 
     `factors` follow `FACTORS`, and one that no wanted partial is a function of may be None. With an activation,
     the hidden partial is two results, dcontext and dchunks.
     """
-    if _unrecorded(factors):
+    if unrecorded(*factors):
         return tuple(contract(settings.call, settings.wanted, settings.order, settings.backend, context_ids, *factors))
     if torch.compiler.is_compiling():  # a view: Dynamo loses the gradient of a graph's input that is passed as it is
         return Partials.apply(settings, context_ids, *(None if v is None else v.view_as(v) for v in factors))
     return PartialsForwardMode.apply(settings, context_ids, *factors)
-
-
-def _unrecorded(factors: Sequence[Tensor | None]) -> bool:
-    """Whether nobody will ask for a derivative: an autograd Function costs more than a small call."""
-    recorded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in factors)
-    return not (recorded or transformed())
 
 
 class Partials(torch.autograd.Function):

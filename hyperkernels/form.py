@@ -41,8 +41,8 @@ def canonical_form(
     call = signature = None
     if not torch.compiler.is_compiling():
         try:
-            signature = _signature(*given)
-            call = _checked.get(signature)
+            signature = signature_of(*given)
+            call = checked(signature)
         except (AttributeError, TypeError):  # not even tensors, or their sizes are symbols
             signature = None
     if call is None:
@@ -54,13 +54,22 @@ def canonical_form(
     if isinstance(hidden, Tensor) and hidden.dim() == 3:
         hidden = hidden.unsqueeze(0)
     ids = None if context_ids is None else context_ids.reshape(-1).to(torch.int64)
-    return Form(call, x.reshape(call.entries, call.tokens, x.shape[-1]), hidden, head, ids, bias, head_bias)
+    return Form(call, shaped(x, (call.entries, call.tokens, x.shape[-1])), hidden, head, ids, bias, head_bias)
+
+
+def shaped(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`value.reshape(shape)`, not asked of torch where it is so already."""
+    return value if value.shape == shape else value.reshape(shape)
 
 
 _checked: dict[Any, Call] = {}  # what was checked once need not be again, where it follows from shapes, dtypes, devices
 
 
-def _signature(x: Any, hidden: Any, head: Any, out_features: Any, *others: Any) -> tuple[Any, ...]:
+def checked(signature: tuple[Any, ...]) -> Call | None:
+    return _checked.get(signature)
+
+
+def signature_of(x: Any, hidden: Any, head: Any, out_features: Any, *others: Any) -> tuple[Any, ...]:
     if isinstance(hidden, AdditiveHidden):
         parts, activation = (x, hidden.context, hidden.chunks, head, *others), hidden.activation
     else:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperkernels.at_once import few_rows
 from hyperkernels.backends import choose_backend, reference
 from hyperkernels.chunking import Grid, to_chunks
 from hyperkernels.derivatives import Settings, partials
-from hyperkernels.form import canonical_form, check_head_bias, check_tensors, grid_of_weight
+from hyperkernels.form import canonical_form, check_head_bias, check_tensors, grid_of_weight, shaped
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.operators import check_context_ids
 from hyperkernels.watched import transformed, watched
@@ -69,6 +70,10 @@ def hyper_linear(
 
     Source: chunk-wise hypernetworks, Ha, Dai and Le 2016 (HyperNetworks), section 3.1.
     """
+    if head_bias is None and context_ids is None:
+        y = few_rows(x, hidden, head, out_features, bias, order, backend)
+        if y is not None:
+            return y
     form = canonical_form(x, hidden, head, out_features, bias, head_bias, context_ids)
     call, grid, bias, head_bias = form.call, form.call.grid, form.bias, form.head_bias
     if backend == "reference":
@@ -77,17 +82,17 @@ def hyper_linear(
             check_context_ids(form.ids, call.contexts)
         y = reference.hyper_linear(form.x, materialize(form.hidden, form.head, grid, head_bias), form.ids)
     else:
-        settings = Settings(("y",), call, order, backend)
         hidden = form.hidden
-        factors = (hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden, None)
-        (y,) = partials(settings, form.ids, None, *factors, form.head, form.x)
+        parts = (hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden, None)
+        factors = (None, *parts, form.head, form.x)
+        (y,) = partials(Settings(("y",), call, order, backend), form.ids, *factors)
         if head_bias is not None:
             y = _add_head_bias(y, form.x, head_bias, grid)
     if bias is not None:
         if bias.dim() == 2:
             bias = (bias if form.ids is None else bias[form.ids])[:, None]
         y = add_to_new(y, bias)
-    return y.reshape(*x.shape[:-1], grid.out_features)
+    return shaped(y, (*x.shape[:-1], grid.out_features))
 
 
 def generate_weight(

@@ -30,6 +30,17 @@ def watched(*tensors: Tensor | None) -> bool:
     return bool(keys & ~_UNSEEING) or torch.autograd.profiler._is_profiler_enabled
 
 
+def alone(*tensors: Tensor | None) -> bool:
+    """Whether to compute is all there is to do: nobody will ask for a derivative, and nobody looks on."""
+    return unrecorded(*tensors) and not watched(*tensors)
+
+
+def unrecorded(*tensors: Tensor | None) -> bool:
+    """Whether nobody will ask for a derivative: an autograd Function costs more than a small call."""
+    recorded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    return not (recorded or transformed())
+
+
 def transformed() -> bool:
     """Whether the compiler, a transform of `torch.func` or forward mode looks on."""
     return (

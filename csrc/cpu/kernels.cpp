@@ -70,6 +70,53 @@ inline void put_some(const T* value, int64_t count, T* to, int64_t stride) {
     for (int64_t n = 0; n < count; ++n) to[n * stride] = value[n];
 }
 
+// The sum of a vector's numbers, by halves.
+template <class T, int bytes>
+inline T total(const void* vector) {
+    if constexpr (bytes == sizeof(T)) {
+        T value;
+        memcpy(&value, vector, bytes);
+        return value;
+    } else {
+        typedef T Half __attribute__((vector_size(bytes / 2)));
+        Half low, high;
+        memcpy(&low, vector, bytes / 2);
+        memcpy(&high, static_cast<const char*>(vector) + bytes / 2, bytes / 2);
+        low += high;
+        return total<T, bytes / 2>(&low);
+    }
+}
+
+template <class T, int rows, int columns>
+void dots(int64_t depth, Lines row_lines, Lines column_lines, void* out_, const int64_t apart[2]) {
+    using Vector = typename Plain<T>::Vector;
+    using Unaligned = typename Plain<T>::Unaligned;
+    constexpr int64_t lanes = HK_VECTOR_BYTES / sizeof(T);
+    auto a = static_cast<const T*>(row_lines.data), b = static_cast<const T*>(column_lines.data);
+    Vector sum[rows][columns] = {};
+    auto step = [&](auto vector) {
+        Vector column[columns];
+#pragma GCC unroll 3
+        for (int c = 0; c < columns; ++c) column[c] = vector(b + c * column_lines.apart);
+#pragma GCC unroll 4
+        for (int w = 0; w < rows; ++w) {
+            Vector row = vector(a + w * row_lines.apart);
+#pragma GCC unroll 3
+            for (int c = 0; c < columns; ++c) sum[w][c] += row * column[c];
+        }
+    };
+    for (; depth >= lanes; depth -= lanes, a += lanes, b += lanes)
+        step([](const T* from) -> Vector { return *reinterpret_cast<const Unaligned*>(from); });
+    if (depth) step([depth](const T* from) { return some<T, Vector>(from, depth); });
+    auto out = static_cast<T*>(out_);
+#pragma GCC unroll 4
+    for (int w = 0; w < rows; ++w) {
+#pragma GCC unroll 3
+        for (int c = 0; c < columns; ++c)
+            out[w * apart[0] + c * apart[1]] = total<T, HK_VECTOR_BYTES>(&sum[w][c]);
+    }
+}
+
 template <class Kind>
 void form(Activation activation, const void* chunks_, const void* deep_, const void* own_, int64_t depth,
           int64_t padded, void* panel_) {
@@ -172,6 +219,14 @@ void tall_tiles(Kernels& kernels) {
     if constexpr (rows > 1) tall_tiles<Kind, rows - 1>(kernels);
 }
 
+template <class T, int rows = dot_rows>
+void all_dots(Kernels& kernels) {
+    kernels.dots[rows - 1][0] = dots<T, rows, 1>;
+    kernels.dots[rows - 1][1] = dots<T, rows, 2>;
+    kernels.dots[rows - 1][2] = dots<T, rows, 3>;
+    if constexpr (rows > 1) all_dots<T, rows - 1>(kernels);
+}
+
 template <class Kind>
 Kernels table() {
     using Sum = typename Kind::Sum;
@@ -183,7 +238,10 @@ Kernels table() {
     kernels.packed_bytes = sizeof(typename Kind::Packed);
     kernels.sum_bytes = sizeof(Sum);
     tiles<Kind, HK_TILE_ROWS>(kernels);
-    if constexpr (Kind::depth == 1) tall_tiles<Kind, HK_TILE_ROWS * max_vectors>(kernels);
+    if constexpr (Kind::depth == 1) {
+        tall_tiles<Kind, HK_TILE_ROWS * max_vectors>(kernels);
+        all_dots<Sum>(kernels);
+    }
     kernels.form = form<Kind>;
     kernels.add[0] = add<Sum>;
     kernels.add[1] = add<double>;

@@ -15,6 +15,7 @@ static inline int64_t bytes_of(Storage storage) { return storage == Storage::f64
 enum class Activation { none = -1, identity, relu, gelu, gelu_tanh, silu, tanh, sin };
 
 constexpr int64_t max_rows = 14, max_vectors = 2;
+constexpr int64_t dot_rows = 4, dot_columns = 3;
 
 // One side of an operand: index n lies `offset[n]` elements from the base, and is number `feature[n]` of a row that
 // may end early.
@@ -36,6 +37,16 @@ struct Strip {
 using Tile = void (*)(int64_t depth, const Strip& rows, const Strip& lanes, void* out, const int64_t* row_offset,
                       const int64_t* vector_offset, bool accumulate);
 
+// Numbers that lie one after the other along the depth; the next row's, or column's, `apart` further on.
+struct Lines {
+    const void* data;
+    int64_t apart;
+};
+
+// out[w * apart[0] + c * apart[1]] = sum_d rows[w, d] * columns[c, d], its vectors along the depth: both are read where
+// they lie, once.
+using Dots = void (*)(int64_t depth, Lines rows, Lines columns, void* out, const int64_t apart[2]);
+
 struct Kernels {
     int64_t rows, vectors, lanes;  // the largest tile, and the numbers in a vector
     int64_t depth;                 // numbers that a packed element holds along the depth: 1, or 2 for pairs of bf16
@@ -46,6 +57,7 @@ struct Kernels {
     // One vector wide and as many sums high, so that all rows share what is formed: its vectors are those of an additive
     // hidden layer, formed on the way. By activation (identity, relu) and rows - 1.
     Tile tall[2][max_rows * max_vectors];
+    Dots dots[dot_rows][dot_columns];  // by rows - 1 and columns - 1
     // A panel [deep.n, padded] of numbers base[own + deep], and zero, with a limit, past the row's end; beyond own.n
     // it is anything.
     void (*pack[3])(const void* base, Side own, Side deep, int64_t limit, int64_t padded, void* panel);

@@ -30,6 +30,7 @@ struct Range {
     bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
 };
 using Ranges = std::array<Range, label_count>;
+inline Range share(int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
 
 // Where a tensor's elements lie, in elements: `base + sum of (index - origin) * stride`; for x and y the rows go by
 // `lead`, and `feature` counts along a row that ends at `limit` (0: whole chunks, nothing to crop).

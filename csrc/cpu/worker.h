@@ -19,8 +19,6 @@ Layout contiguous(Labels labels, const Ranges& ranges, char* base, int last = la
 int64_t count(Labels labels, const Ranges& ranges);
 int64_t pitch(const Layout& layout, Labels labels, const Ranges& ranges);
 
-inline Range share(int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
-
 class Worker {
   public:
     Worker(const Step& step, const Arguments& arguments, const std::vector<Output>& outputs, char* workspace, int thread);

@@ -29,8 +29,10 @@ except ImportError as error:  # built without a compiler, or for another Python
     _note = Path(__file__).parents[1] / "cpu_missing.txt"
     MISSING = _note.read_text().strip() if _note.exists() else f"it is not there: {error}"
     INSTRUCTIONS = ""
+    FewRows: Any = ()
 else:
     MISSING = ""
+    FewRows = _cpu.FewRows
     INSTRUCTIONS = _cpu.instruction_sets()[0]
 
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -40,7 +42,7 @@ FORMED = DEPTH * LANES  # numbers of the intermediate
 TALL = 28  # rows of the product that forms it
 OPERAND = 1 << 18  # numbers of head or hidden that a block reads
 VECTORS_PER_US = 3500  # multiplications of a vector by one thread
-CALL_US = 5
+CALL_US, FEW_CALL_US = 15, 2  # of a step, and of FewRows
 KEPT_BYTES = 1 << 20  # of a thread's workspace: memory that a small call touches anew costs it as much as the rest
 
 
@@ -88,21 +90,23 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
         balanced = bool(counts.max() * 2 * torch.get_num_threads() <= counts.sum())
     if call.activation:
         factors = {n: v.contiguous() if n in ("hidden", "chunks") else v for n, v in factors.items()}
-    key = (balanced, *_settings())
+    contiguous = all(value.is_contiguous() for value in factors.values())
+    key = (balanced, contiguous, *_settings())
     found = plan.prepared.get(key)
     if found is None:
-        found = plan.prepared[key] = _runs(call, plan.wanted, plan.steps, *key)
-    shapes, runs = found
+        found = plan.prepared[key] = runs(call, plan.wanted, plan.steps, *key)
+    shapes, todo = found
     like = next(iter(factors.values()))
     results = [like.new_empty(shape) for shape in shapes]
-    views = {name: (value.data_ptr(), value.stride()) for name, value in factors.items()}
+    views: dict[str, tuple[int, tuple[int, ...]]] = {}
     absent = (0, ())
-    for native, fills, needed in runs:
-        workspace = _kept.workspace
-        if needed > len(workspace):
-            workspace = torch.empty(needed, dtype=torch.uint8)
-            if needed <= KEPT_BYTES:
-                _kept.workspace = workspace
+    for native, fills, needed in todo:
+        memory = workspace(needed)
+        if isinstance(native, FewRows):
+            read = [factors[name].data_ptr() for name in ("x", "hidden", "head")]
+            native.run(*read, 0, results[0].data_ptr(), call.entries * call.tokens, memory.data_ptr())
+            continue
+        views = views or {name: (value.data_ptr(), value.stride()) for name, value in factors.items()}
         native.run(
             [views.get(slot, absent) for slot in SLOTS],
             views.get("chunks", absent),
@@ -110,16 +114,31 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
             *_rows(call),
             0 if entries is None else entries.data_ptr(),
             0 if starts is None else starts.data_ptr(),
-            workspace.data_ptr(),
+            memory.data_ptr(),
         )
     return results
 
 
+def workspace(needed: int) -> Tensor:
+    """Memory of `needed` bytes or more, this thread's."""
+    memory = _kept.workspace
+    if needed > memory.nbytes:
+        memory = torch.empty(needed, dtype=torch.uint8)
+        if needed <= KEPT_BYTES:
+            _kept.workspace = memory
+    return memory
+
+
 def estimate(call: Call, step: Step) -> Cost:
-    _, runs = _runs(call, step.outputs, (step._replace(cost=Cost(0.0, 0)),), True, *_settings())
+    _, found = runs(call, step.outputs, (step._replace(cost=Cost(0.0, 0)),), True, True, *_settings())
     rows = call.entries * call.tokens
-    time_us = sum(CALL_US + run.native.work(rows) / run.native.threads / VECTORS_PER_US for run in runs)
-    return Cost(time_us, max(run.workspace_bytes for run in runs))
+    time_us = sum(_time_us(run.native, rows) for run in found)
+    return Cost(time_us, max(run.workspace_bytes for run in found))
+
+
+def _time_us(native: Any, rows: int) -> float:
+    call_us = FEW_CALL_US if isinstance(native, FewRows) else CALL_US
+    return call_us + native.work(rows) / native.threads / VECTORS_PER_US
 
 
 def _rows(call: Call) -> tuple[int, int, int]:
@@ -131,19 +150,46 @@ def _settings() -> tuple[int, int, str]:
 
 
 @lru_cache(maxsize=4096)
-def _runs(
-    call: Call, wanted: tuple[str, ...], steps: tuple[Step, ...], balanced: bool, threads: int, limit: int, isa: str
+def runs(
+    call: Call,
+    wanted: tuple[str, ...],
+    steps: tuple[Step, ...],
+    balanced: bool,
+    contiguous: bool,
+    threads: int,
+    limit: int,
+    isa: str,
 ) -> tuple[list[tuple[int, ...]], list[Run]]:
     """The shapes of the results, and the runs that fill them. A run sums the rows of one output."""
     names = result_names(wanted, call.activation)
-    runs = []
+    found = []
     for step in steps:
         apart = {"x", "y"} <= set(step.outputs)
         for outputs in [(slot,) for slot in step.outputs] if apart else [step.outputs]:
             native = _native(call, step.order, step.forms, outputs, balanced, threads, limit, isa)
             fills = tuple(names.index(name) for name in result_names(outputs, call.activation))
-            runs.append(Run(native, fills, native.workspace_bytes(*_rows(call))))
-    return [call.shape(name) for name in names], runs
+            found.append(Run(native, fills, native.workspace_bytes(*_rows(call))))
+            if contiguous and (few := _few_rows(call, step, outputs, native, limit, isa)):
+                found[-1] = few._replace(fills=fills)
+    return [call.shape(name) for name in names], found
+
+
+def _few_rows(call: Call, step: Step, outputs: tuple[str, ...], native: Any, limit: int, isa: str) -> Run | None:
+    """The run that reads head and hidden where they lie, where there is one and it is quicker than `native`."""
+    rows = call.entries * call.tokens
+    plain = call.contexts == 1 and not (call.activation or call.per_chunk_heads or call.mapped) and rows and call.width
+    if not plain or (step.order, outputs) != ("head_first", ("y",)) or call.dtype == torch.bfloat16:
+        return None
+    few = FewRows(
+        extent=[rows, *(call.sizes[label] for label in LABELS[1:])],
+        out_features=call.grid.out_features,
+        in_features=call.grid.in_features,
+        storage=STORAGE[call.dtype],
+        threads=native.threads,
+        isa=isa,
+    )
+    needed = few.workspace_bytes(rows)
+    return Run(few, (), needed) if needed <= limit and _time_us(few, rows) < _time_us(native, rows) else None
 
 
 @lru_cache(maxsize=4096)

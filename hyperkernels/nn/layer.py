@@ -99,8 +99,10 @@ class HyperLayer(nn.Module):
         if value.dtype != self.head.dtype and not autocast_enabled(value.device.type):
             raise TypeError(f"{name}: got {value.dtype}, wanted the layer's dtype {self.head.dtype}")
 
-    def arguments(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> dict[str, Any]:
-        """The arguments of `function` that a call of the layer comes to."""
+    def arguments(
+        self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """The arguments of `function` that a call of the layer comes to, and `more`."""
         head = self.head
         if x.dtype != head.dtype:
             self._check_dtype("x", x)
@@ -108,7 +110,7 @@ class HyperLayer(nn.Module):
         weight_hidden, bias = self._split_bias(hidden)
         ids = ambient_ids if context_ids is None else context_ids
         given = {"x": x, "hidden": weight_hidden, "head": head, "bias": bias, "context_ids": ids}
-        return {**given, "order": self.order, "backend": self.backend}
+        return {**given, "order": self.order, "backend": self.backend, **more}
 
     def forward(self, x: Tensor, context: Tensor | None = None, context_ids: Tensor | None = None) -> Tensor:
         return type(self).function(**self.arguments(x, context, context_ids))

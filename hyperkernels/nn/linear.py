@@ -83,7 +83,7 @@ class HyperLinear(HyperLayer):
             raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got shape {list(x.shape)}, wanted [*, {self.in_features}]")
-        return super().arguments(x, context, context_ids) | {"out_features": self.out_features}
+        return super().arguments(x, context, context_ids, out_features=self.out_features)
 
     @classmethod
     def from_linear(cls, linear: Any, **settings: Any) -> HyperLinear:

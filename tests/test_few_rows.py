@@ -1,0 +1,125 @@
+"""A product of a few rows, asked for again, goes straight to the native engine's loops for it, and is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hyperkernels as hk
+from hyperkernels import at_once, form
+from hyperkernels.backends import native_cpu
+from hyperkernels.testing import assert_no_worse_than_eager
+
+SHAPES = [  # rows of x, N, K, chunk, m: tiles and vectors that are full and not, edges that are cropped and not
+    (1, 256, 256, (4, 128), 32),
+    (1, 70, 250, (9, 83), 11),
+    (3, 61, 50, (4, 64), 5),
+    (2, 7, 97, (2, 16), 1),
+    (4, 33, 3, (33, 3), 3),
+]
+
+
+def problem(rows, N, K, chunk, m, dtype=torch.float32):
+    I, J = -(-N // chunk[0]), -(-K // chunk[1])
+    torch.manual_seed(0)
+    shapes = (1, rows, K), (I, J, m), (m, *chunk), (N,)
+    return [torch.randn(shape, dtype=dtype) for shape in shapes], N
+
+
+def call(tensors, N, **settings):
+    x, hidden, head, bias = tensors
+    return hk.hyper_linear(x, hidden, head, out_features=N, bias=bias, **settings)
+
+
+@pytest.fixture
+def straight(monkeypatch):
+    """How many calls went straight to the engine."""
+    count = []
+    monkeypatch.setattr(at_once, "_found", {})
+    find = at_once._find
+
+    class Counted:
+        def __init__(self, native):
+            self.native = native
+
+        def run(self, *arguments):
+            count.append(arguments)
+            self.native.run(*arguments)
+
+    def counted(*arguments):
+        found = find(*arguments)
+        return found and found._replace(native=Counted(found.native))
+
+    monkeypatch.setattr(at_once, "_find", counted)
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("isa", native_cpu._cpu.instruction_sets() if native_cpu._cpu else [])
+def test_the_second_call_is_the_first(isa, shape, dtype, straight, monkeypatch):
+    monkeypatch.setattr(native_cpu, "INSTRUCTIONS", isa)
+    tensors, N = problem(*shape, dtype)
+    exact = call([v.double() for v in tensors], N, backend="reference")
+    eager = call(tensors, N, backend="reference")
+    monkeypatch.setattr(form, "_checked", {})
+    for _ in range(2):
+        assert not straight
+        assert_no_worse_than_eager("y", call(tensors, N, order="head_first"), eager, exact)
+    assert len(straight) == 1
+    without = call([*tensors[:3], None], N, order="head_first")
+    assert torch.equal(without + tensors[3], call(tensors, N, order="head_first"))
+
+
+def test_threads_do_not_change_a_bit(straight):
+    tensors, N = problem(2, 300, 200, (7, 40), 19)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found += [call(tensors, N, order="head_first") for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    assert len(straight) >= 5
+    assert all(torch.equal(found[0], y) for y in found)
+
+
+def test_whoever_looks_on_is_served_in_the_usual_way(straight):
+    tensors, N = problem(1, 64, 48, (4, 16), 8)
+    x, hidden, head, bias = tensors
+    call(tensors, N)
+    y = call(tensors, N)
+    straight.clear()
+    leaf = x.clone().requires_grad_()
+    call([leaf, hidden, head, bias], N).sum().backward()
+    assert torch.allclose(leaf.grad, hk.generate_weight(hidden, head, (N, 48)).sum(0), atol=1e-4)
+    batched = torch.func.vmap(lambda v: call([v, hidden, head, bias], N))(torch.stack([x, 2 * x]))
+    assert torch.allclose(batched[0], y, atol=1e-5)
+    _, tangent = torch.func.jvp(lambda v: call([v, hidden, head, bias], N), (x,), (x,))
+    assert torch.allclose(tangent, y - bias, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(tensors, N).dtype == torch.bfloat16
+    spread = x.repeat_interleave(2, -1)[..., ::2]
+    assert torch.allclose(call([spread, hidden, head, bias], N), y, atol=1e-5)
+    negative = torch._neg_view(x)
+    assert torch.allclose(call([negative, hidden, head, None], N), bias - y, atol=1e-5)
+    assert torch.compile(lambda v: call([v, hidden, head, bias], N), backend="eager", fullgraph=True)(x).equal(y)
+    assert not straight
+    with torch.inference_mode():
+        assert call(tensors, N).equal(y)
+    assert len(straight) == 1
+
+
+def test_what_is_wrong_is_refused_again(straight):
+    tensors, N = problem(1, 64, 48, (4, 16), 8)
+    for _ in range(2):
+        call(tensors, N)
+    x, hidden, head, bias = tensors
+    for changed in ([x[..., :20], hidden, head, bias], [x, hidden, head, bias[:3]], [x.double(), hidden, head, bias]):
+        with pytest.raises((ValueError, TypeError)):
+            call(changed, N)
+    with pytest.raises(ValueError, match="order"):
+        call(tensors, N, order="sideways")
+    with pytest.raises(TypeError, match="x"):
+        call([[1.0], hidden, head, bias], N)
