@@ -50,12 +50,13 @@ def few_rows(
         if not value.is_contiguous():
             return None
     y = x.new_empty(*lead, found.features)
+    workspace = native_cpu.workspace(found.workspace_bytes)
     found.native.run(
         *[value.data_ptr() for value in (x, hidden, head)],
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         found.rows,
-        native_cpu.workspace(found.workspace_bytes).data_ptr(),
+        workspace.data_ptr(),
     )
     return y
 

@@ -16,6 +16,7 @@ SHAPES = [  # rows of x, N, K, chunk, m: tiles and vectors that are full and not
     (3, 61, 50, (4, 64), 5),
     (2, 7, 97, (2, 16), 1),
     (4, 33, 3, (33, 3), 3),
+    (2, 1200, 640, (600, 64), 60),  # more workspace than is kept
 ]
 
 
