@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from roofline import roofline
 
 from hyperkernels.backends.mapped import Mapped
+from hyperkernels.bench.roofline import roofline
 from hyperkernels.call import ORDERS, OUTPUT, Call
 from hyperkernels.chunking import Grid
 from hyperkernels.kernels.roles import sizes_of

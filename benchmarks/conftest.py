@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from measure import ceilings, machine
+
+from hyperkernels.bench.measure import ceilings, machine
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:

@@ -24,12 +24,14 @@ from typing import Any
 
 import report
 import torch
-from cases import Case, linear, many_contexts
-from measure import Quantiles, ceilings, graphed, machine, timed
-from roofline import roofline
+from claims import claim
 
 import hyperkernels as hk
 from hyperkernels.backends import plan_call, triton_fused
+from hyperkernels.bench.case import Case, assert_right
+from hyperkernels.bench.linear import linear, many_contexts
+from hyperkernels.bench.measure import Quantiles, ceilings, graphed, machine, timed
+from hyperkernels.bench.roofline import roofline
 from hyperkernels.call import SLOTS, Call
 from hyperkernels.chunking import Grid
 from hyperkernels.planner import Plan
@@ -61,15 +63,15 @@ def cases(device: str, quick: bool) -> dict[str, tuple[Callable[[], Case], int]]
     found: dict[str, tuple[Callable[[], Case], int]] = {}
     for B in tokens:
         for train, factor in ((False, 2.0), (True, 1.8)):
-            make = partial(linear, *large, B, train=train, faster={"nn.Linear": factor}, **common)
+            make = claim(linear, *large, B, train=train, faster={"dense": factor}, **common)
             found[f"B={B}, train={train}"] = make, copies(large, B)
     for B in decode:
         for name, shape, factor in (("", large, 2.0), (", wide", wide, 8.0)):
-            make = partial(linear, *shape, B, faster={"nn.Linear": factor}, **common)
+            make = claim(linear, *shape, B, faster={"dense": factor}, **common)
             found[f"decode B={B}{name}"] = make, copies(shape, B)
     for G, T in contexts:
         factors = ({"materialise": 100.0}, {"materialise": 100.0}) if T == 1 else ({"materialise": 5.0}, {})
-        make = partial(many_contexts, *large, G, T, faster=factors[0], smaller=factors[1], **common)
+        make = claim(many_contexts, *large, G, T, faster=factors[0], smaller=factors[1], **common)
         found[f"{G} contexts of {T}"] = make, copies(large, G * T)
     return found
 
@@ -90,7 +92,7 @@ def measure(make: Callable[[], Case], copies: int, device: str, rounds: int, fou
     """Interleaved rounds; on a CUDA device of replayed graphs, each over all copies."""
     made = [make() for _ in range(copies)]
     case = made[0]
-    case.check()
+    assert_right(case)
     runs: dict[str, Callable[[], float]] = {}
     notes: dict[str, str] = {}
     for name, call in case.contestants.items():
@@ -125,7 +127,7 @@ def launch_us(device: str, calls: int = 300) -> dict[str, float]:
     )
     found = {}
     engines: dict[str, Callable[[], Any]] = {
-        "nn.Linear": lambda: torch.nn.functional.linear(x, weight),
+        "dense": lambda: torch.nn.functional.linear(x, weight),
         "hyperkernels": lambda: hk.hyper_linear(x, hidden, head),
         "triton": lambda: hk.hyper_linear(x, hidden, head, backend="triton"),
     }

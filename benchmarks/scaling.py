@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine
 
 import hyperkernels as hk
+from hyperkernels.bench.measure import machine
 from hyperkernels.testing import peak_bytes
 
 RESULTS = Path(__file__).with_name("results") / "scaling.json"

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, timed
 from report import CLOSE
 from rich.progress import track
 
 import hyperkernels as hk
 from hyperkernels.backends import plan_call
+from hyperkernels.bench.measure import machine, timed
 from hyperkernels.call import ORDERS
 from hyperkernels.form import canonical_form
 

@@ -13,18 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from algebra_cases import ALGEBRA_CASES
-from cases import CPU_CASES, OURS
-from conv_cases import CONV_CASES
-from measure import Quantiles, timed, warm
-from model_cases import MODEL_CASES
+from claims import CASES
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from hyperkernels.bench.case import OURS, assert_right
+from hyperkernels.bench.measure import Quantiles, timed, warm
 from hyperkernels.testing import peak_bytes
 
 ROUNDS = 15
-CASES = CPU_CASES | CONV_CASES | ALGEBRA_CASES | MODEL_CASES
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -32,7 +29,7 @@ def test_case(benchmark, name):
     torch.manual_seed(0)
     torch.set_num_threads(2)
     case = CASES[name]()
-    case.check()
+    assert_right(case)
     seconds: dict[str, list[float]] = {baseline: [] for baseline in case.contestants if baseline != OURS}
     ours = case.contestants[OURS]
 

@@ -49,15 +49,15 @@ def test_report_of_a_damaged_file(tmp_path, text):
 
 
 def test_a_missed_factor_is_said():
-    times = {"nn.Linear": {"p50_ms": 2.0}, "hyperkernels": {"p50_ms": 1.0}}
-    case = {"times": times, "faster": {"nn.Linear": 2.5}, "of_peak": 0.5, "flops": 2e8}
+    times = {"dense": {"p50_ms": 2.0}, "hyperkernels": {"p50_ms": 1.0}}
+    case = {"times": times, "faster": {"dense": 2.5}, "of_peak": 0.5, "flops": 2e8}
     machine = {"machine_info": {"ceilings": {"fma_gflop_per_s": 500.0}}}
-    missed = ("2.0 times faster than nn.Linear, wanted 2.5 [5.0]", False)
+    missed = ("2.0 times faster than dense, wanted 2.5 [5.0]", False)
     assert report.verdicts(case, machine) == [missed, ("40% of the FMA peak, wanted 50%", False)]
     case["times"]["triton"] = {"p50_ms": 0.5}
     found = report.verdicts(case | {"roofline_ms": 0.4}, machine)
     assert found == [
-        ("4.0 times faster than nn.Linear, wanted 2.5 [5.0]", True),
+        ("4.0 times faster than dense, wanted 2.5 [5.0]", True),
         ("80% of the plan's roofline, wanted 50%", True),
     ]
 
@@ -81,7 +81,7 @@ def test_make_gpu_runs_end_to_end_without_one(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     saved = json.loads((tmp_path / "interpreted.json").read_text())
     assert len(saved["cases"]) == 5
-    assert {"nn.Linear", "hyperkernels", "triton"} == saved["launch_us"].keys()
+    assert {"dense", "hyperkernels", "triton"} == saved["launch_us"].keys()
     assert saved["ways_us"].keys() == {"y", "hidden", "head", "x"}
     assert all("triton" in case["times"] for case in saved["cases"])
     assert saved["tests_exit_code"] == 0

@@ -15,7 +15,6 @@ import torch
 import hyperkernels as hk
 
 WARM_S = 0.01
-Contestants = dict[str, Callable[[], Any]]
 
 
 class Quantiles(NamedTuple):

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import OURS, Case
-from measure import Contestants
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import hyperkernels as hk
-from hyperkernels.testing import assert_no_worse_than_eager
+from hyperkernels.bench.case import OURS, Case, Contestants, assert_right
+from hyperkernels.nn.layer import weight_of
 
-GPT2 = "GPT-2 of 124M, every linear of its blocks hyperized, m=32"
 VOCABULARY = 50_257
+LAYERS = 12  # GPT-2's, of 124M
 
 
-def gpt2(context_features: int | None = None) -> tuple[Any, Any]:
-    """The dense model, and the same one swapped."""
-    dense: Any = GPT2LMHeadModel(GPT2Config()).eval()  # its defaults are the 124M model's
+def title(layers: int) -> str:
+    size = "of 124M" if layers == LAYERS else f"of {layers} layers"
+    return f"GPT-2 {size}, every linear of its blocks hyperized, m=32"
+
+
+def gpt2(context_features: int | None = None, layers: int = LAYERS) -> tuple[Any, Any]:
+    """The dense model and the same one swapped; without contexts dense has the weights that the other generates."""
+    transformers: Any = import_module("transformers")
+    dense = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers)).eval()
     hyper = copy.deepcopy(dense)
     hk.hyperize_(hyper, hk.HyperConfig(width=32, context_features=context_features))
+    if context_features is None:
+        with torch.no_grad():
+            for name, layer in hyper.named_modules():
+                if isinstance(layer, hk.HyperLinear):
+                    formed, own = layer.to_dense(), dense.get_submodule(name)
+                    weight_of(own).copy_(weight_of(formed))
+                    own.bias.copy_(formed.bias)
     return dense, hyper
 
 
@@ -54,28 +66,29 @@ def run_linears(model: nn.Module, *lead: int, train: bool = False) -> Callable[[
     return run
 
 
-def check_logits(hyper: Any, tokens: Tensor) -> None:
-    """Against the model with the weights formed."""
-    with torch.no_grad():
-        eager: Any = hk.merge_(copy.deepcopy(hyper))
-        exact: Any = copy.deepcopy(eager).double()
-        assert_no_worse_than_eager("logits", *(model(tokens).logits for model in (hyper, eager, exact)))
+def exact_logits(dense: Any, tokens: Tensor) -> Callable[[], dict[str, Tensor]]:
+    def exact() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"logits": copy.deepcopy(dense).double()(tokens).logits[:, -1]}
+
+    return exact
 
 
-def decode(*, faster: float) -> Case:
-    """One token of one request, 256 tokens after the first; beside it what of that the output head takes."""
-    dense, hyper = gpt2()
-    prompt, token = torch.randint(VOCABULARY, (1, 256)), torch.randint(VOCABULARY, (1, 1))
+def decode(layers: int = LAYERS, past: int = 256) -> Case:
+    """One token of one request, some tokens after the first; beside it what of that the output head takes."""
+    dense, hyper = gpt2(layers=layers)
+    tokens = torch.randint(VOCABULARY, (1, past + 1))
 
-    def after_prompt(model: Any) -> Callable[[], Any]:
+    def after_prompt(model: Any) -> Callable[[], dict[str, Tensor]]:
         name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
         with torch.inference_mode():
-            cache = model(prompt, use_cache=True).past_key_values
+            cache = model(tokens[:, :-1], use_cache=True).past_key_values
 
-        def run() -> None:
+        def run() -> dict[str, Tensor]:
             with torch.inference_mode():
-                model(token, **{name: cache}, use_cache=True)
+                logits = model(tokens[:, -1:], **{name: cache}, use_cache=True).logits[:, -1]
                 cache.crop(-1)
+            return {"logits": logits}
 
         return run
 
@@ -89,20 +102,38 @@ def decode(*, faster: float) -> Case:
         "of both the output head": head,
         OURS: after_prompt(hyper),
     }
-    return Case(f"decode a token, {GPT2}", contestants, lambda: check_logits(hyper, prompt), {"dense": faster})
+    name = f"decode a token, {title(layers)}"
+    return Case(name, contestants, exact_logits(dense, tokens), "dense", values={"B": 1, "past": past})
 
 
-def only_linears(B: int, *, train: bool = False, faster: float) -> Case:
-    dense, hyper = gpt2()
-    contestants = {"dense": run_linears(dense, 1, B, train=train), OURS: run_linears(hyper, 1, B, train=train)}
+def only_linears(B: int, *, train: bool = False, layers: int = LAYERS) -> Case:
+    dense, hyper = gpt2(layers=layers)
+    found = linears(dense)
+    inputs = [torch.randn(1, B, features) for _, features in found]
+
+    def outputs(model: nn.Module) -> dict[str, Tensor]:
+        with torch.no_grad():
+            dtype = next(model.parameters()).dtype
+            pairs = enumerate(zip(linears(model), inputs))
+            return {str(n): layer(x.to(dtype)) for n, ((layer, _), x) in pairs}
+
+    contestants: Contestants = {
+        "dense": run_linears(dense, 1, B, train=train),
+        OURS: run_linears(hyper, 1, B, train=train),
+    }
     what = "forward and backward" if train else "forward"
-    tokens = torch.randint(VOCABULARY, (1, 16))
-    name = f"{what} of the hyperized linears alone, {B} token{'s' * (B > 1)}, {GPT2}"
-    return Case(name, contestants, lambda: check_logits(hyper, tokens), {"dense": faster})
+    name = f"{what} of the hyperized linears alone, {B} token{'s' * (B > 1)}, {title(layers)}"
+
+    def check() -> None:
+        exact = outputs(copy.deepcopy(dense).double())
+        judged = Case("", {"dense": lambda: outputs(dense), OURS: lambda: outputs(hyper)}, lambda: exact, "dense")
+        assert_right(judged)
+
+    return Case(name, contestants, check=check, values={"B": B, "train": train})
 
 
-def step(B: int, T: int, *, faster: float) -> Case:
-    dense, hyper = gpt2()
+def step(B: int, T: int, layers: int = LAYERS) -> Case:
+    dense, hyper = gpt2(layers=layers)
     tokens, labels = torch.randint(VOCABULARY, (B, T)), torch.randint(VOCABULARY, (B * T,))
     activations, head = torch.randn(B * T, 768, requires_grad=True), nn.Linear(768, VOCABULARY, bias=False)
 
@@ -122,14 +153,27 @@ def step(B: int, T: int, *, faster: float) -> Case:
         "of both the output head and the loss": train_head,
         OURS: lambda: train(hyper),
     }
-    name = f"forward and backward, batch {B} x {T}, {GPT2}"
-    return Case(name, contestants, lambda: check_logits(hyper, tokens[:1, :16]), {"dense": faster})
+
+    def check() -> None:
+        few = tokens[:1, :16]
+
+        def logits(model: Any) -> Callable[[], dict[str, Tensor]]:
+            def run() -> dict[str, Tensor]:
+                with torch.no_grad():
+                    return {"logits": model.eval()(few).logits[:, -1]}
+
+            return run
+
+        assert_right(Case("", {"dense": logits(dense), OURS: logits(hyper)}, exact_logits(dense, few), "dense"))
+
+    name = f"forward and backward, batch {B} x {T}, {title(layers)}"
+    return Case(name, contestants, check=check, values={"B": B * T, "train": True})
 
 
-def serving(requests: int, tasks: int, T: int) -> Case:
+def serving(requests: int, tasks: int, T: int, layers: int = LAYERS) -> Case:
     """Requests of many tasks in one batch, each with its task's weights: against the same model task by task, and a
     dense model for each task."""
-    _, hyper = gpt2(context_features=16)
+    _, hyper = gpt2(context_features=16, layers=layers)
     z, which = torch.randn(tasks, 16), torch.arange(requests) % tasks
     tokens = torch.randint(VOCABULARY, (requests, T))
     separate = [hk.merge_(copy.deepcopy(hyper), own) for own in z]
@@ -161,8 +205,8 @@ def serving(requests: int, tasks: int, T: int) -> Case:
         assert torch.equal(mixed().argmax(-1), one_by_one.argmax(-1))
         torch.testing.assert_close(mixed(), one_by_one, rtol=1e-3, atol=1e-3)
 
-    name = f"forward, {requests} requests of {tasks} tasks, {T} tokens each, {GPT2}"
-    return Case(name, contestants, check, {"hyper, task by task": 1})
+    name = f"forward, {requests} requests of {tasks} tasks, {T} tokens each, {title(layers)}"
+    return Case(name, contestants, check=check, values={"B": requests * T, "contexts": tasks})
 
 
 def generated_weight() -> Case:
@@ -185,7 +229,7 @@ def generated_weight() -> Case:
         "hyper_linear": many(lambda: hk.hyper_linear(x, hidden, head)),
         OURS: many(lambda: F.linear(x, weight)),
     }
-    return Case("1000 calls of F.linear with a GeneratedWeight, 64x64", contestants, check)
+    return Case("1000 calls of F.linear with a GeneratedWeight, 64x64", contestants, check=check)
 
 
 def fitted(size: int, chunk: tuple[int, int], m: int) -> Case:
@@ -201,15 +245,4 @@ def fitted(size: int, chunk: tuple[int, int], m: int) -> Case:
         "torch.svd_lowrank": lambda: torch.svd_lowrank(weight, m + 32, 6),
         OURS: lambda: hk.fit(weight, chunk, m),
     }
-    return Case(f"fit a {size}x{size} layer, chunks {chunk[0]}x{chunk[1]}, m={m}", contestants, check)
-
-
-MODEL_CASES: dict[str, Callable[[], Case]] = {
-    "model_decode": lambda: decode(faster=1.5),
-    "model_linears": lambda: only_linears(1, faster=5),
-    "model_linears_16": lambda: only_linears(16, faster=5),
-    "model_step": lambda: step(4, 256, faster=1.8),
-    "model_serving": lambda: serving(16, 8, 16),
-    "model_generated_weight": generated_weight,
-    "model_fit": lambda: fitted(4096, (16, 256), 64),
-}
+    return Case(f"fit a {size}x{size} layer, chunks {chunk[0]}x{chunk[1]}, m={m}", contestants, check=check)

@@ -1,0 +1,88 @@
+"""What is measured: one piece of work, whoever does it, and what makes a result right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperkernels.call import Call
+from hyperkernels.testing import FLOOR, Error, error
+
+OURS = "hyperkernels"
+ENGINES = (OURS, "triton")  # the contestants that are ours
+Contestants = dict[str, Callable[[], Any]]
+
+
+@dataclass
+class Case:
+    """`contestants[OURS]` against the others, by name (`baselines.py`); `missing` says why one is not there.
+
+    A contestant returns its results by name, or nothing where it is only timed. `exact` gives the same in fp64, perhaps
+    of the first entries alone, and a result may be off by twice what that of `eager` is, plus the floor of its dtype.
+
+    What the repository claims: `faster` and `smaller`, by what factor ours should beat a baseline in time and in peak
+    memory; `of_peak`, what share of the FMA peak it should reach; `check` raises if ours is wrong otherwise.
+    """
+
+    name: str
+    contestants: Contestants
+    exact: Callable[[], dict[str, Tensor]] | None = None
+    eager: str = "materialise"
+    missing: dict[str, str] = field(default_factory=dict)
+    call: Call | None = None
+    outputs: tuple[str, ...] = ("y",)
+    values: dict[str, Any] = field(default_factory=dict)  # what a plot has along its axes
+    check: Callable[[], None] | None = None
+    faster: dict[str, float] = field(default_factory=dict)
+    smaller: dict[str, float] = field(default_factory=dict)
+    of_peak: float | None = None
+
+
+@dataclass
+class Verdict:
+    """The larger of a contestant's errors over its results, and whether each is within what is allowed."""
+
+    error: Error
+    right: bool
+
+
+def judge(case: Case) -> dict[str, Verdict]:
+    """Of each contestant that returns results, its errors against fp64."""
+    if case.exact is None:
+        return {}
+    exact = case.exact()
+    torch.manual_seed(0)
+    eager = _first(case.contestants[case.eager](), exact)
+    allowed = {name: error(value, exact[name]) for name, value in eager.items()}
+    found = {}
+    for name, run in case.contestants.items():
+        results = run()
+        if isinstance(results, Mapping) and results.keys() & exact.keys():
+            found[name] = _verdict(_first(results, exact), exact, allowed)
+    return found
+
+
+def _first(results: Mapping[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries that `exact` has."""
+    return {name: v[: len(exact[name])] if v.dim() else v for name, v in results.items() if name in exact}
+
+
+def _verdict(results: dict[str, Tensor], exact: dict[str, Tensor], allowed: dict[str, Error]) -> Verdict:
+    errors, right = [], True
+    for name, value in results.items():
+        found, floor = error(value, exact[name]), FLOOR[value.dtype]
+        right = right and all(got <= 2 * most + floor for got, most in zip(found, allowed[name]))
+        errors.append(found)
+    return Verdict(Error(*(max(kind) for kind in zip(*errors))), right)
+
+
+def assert_right(case: Case, engines: Sequence[str] = ENGINES) -> None:
+    """That ours are, and whatever else the case checks."""
+    for name, verdict in judge(case).items():
+        assert verdict.right or name not in engines, f"{name}: error {verdict.error} against fp64 in {case.name}"
+    if case.check is not None:
+        case.check()

@@ -1,0 +1,279 @@
+"""Linear layers: one context, or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hyperkernels as hk
+from hyperkernels.backends import triton_fused
+from hyperkernels.bench import baselines
+from hyperkernels.bench.case import OURS, Case, Contestants
+from hyperkernels.form import canonical_form
+from hyperkernels.testing import peak_bytes
+
+
+@dataclass(frozen=True)
+class Ours:
+    """What of ours is forced: nothing by default."""
+
+    order: str | None = None
+    backend: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"order": self.order, "backend": self.backend}
+
+
+def with_triton(contestants: Contestants, device: str, make: Callable[[str], Callable[[], Any]], ours: Ours) -> None:
+    """Ours by the Triton kernels beside ours as planned, where they run and nobody asked for a backend."""
+    if ours.backend is None and find_spec("triton") and (device == "cuda" or triton_fused.interpreted()):
+        contestants["triton"] = make("triton")
+
+
+def linear(
+    shape: tuple[int, int],
+    chunk: tuple[int, int],
+    m: int,
+    B: int,
+    *,
+    train: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ours: Ours = Ours(),
+    more: bool = False,
+) -> Case:
+    """One context: against a dense layer of the same weight, and the same function with the weight formed. With `more`
+    also the baselines that are slow to set up."""
+    (N, K), (rows, cols) = shape, chunk
+    if N % rows or K % cols:
+        raise ValueError(f"chunk: got {rows}x{cols}, wanted one that divides {N}x{K}")
+    I, J = N // rows, K // cols
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, device=device, dtype=dtype).requires_grad_()
+
+    x, hidden, head, dy = draw(B, K), draw(I, J, m), draw(m, rows, cols), draw(B, N).detach()
+    leaves = [x, hidden, head]
+    weight = hk.generate_weight(hidden, head, shape).detach().requires_grad_()
+
+    def run(call: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor = dy) -> dict[str, Tensor]:
+        """y, and with `train` the gradients."""
+        with torch.set_grad_enabled(train):
+            y = call(*leaves)
+        if not train:
+            return {"y": y}
+        names = ("dx", "dhidden", "dhead") if len(leaves) == 3 else ("dx", "dweight")
+        return {"y": y, **dict(zip(names, torch.autograd.grad(y, leaves, dy)))}
+
+    contestants: Contestants = {"dense": lambda: run(F.linear, [x, weight])}
+    left_out: dict[str, str] = {}
+    add = partial(baselines.add, contestants, left_out)
+    if not train:
+        add("dense-tuned", lambda: baselines.tuned_dense(x.detach(), weight.detach()), device, dtype)
+    contestants["materialise"] = lambda: run(baselines.materialised, leaves)
+    if more:
+        compiled = torch.compile(baselines.materialised)
+        add("materialise-compiled", lambda: lambda: run(compiled, leaves))
+    add("einsum", lambda: lambda: run(baselines.einsum, leaves))
+    if more and not train:
+        add("fastkron", lambda: baselines.fastkron(*(v.detach() for v in leaves)), device, dtype)
+    contestants[OURS] = lambda: run(partial(hk.hyper_linear, **ours.settings), leaves)
+    with_triton(contestants, device, lambda name: lambda: run(partial(hk.hyper_linear, backend=name), leaves), ours)
+
+    def exact() -> dict[str, Tensor]:
+        return run(baselines.materialised, [v.detach().double().requires_grad_() for v in leaves], dy.double())
+
+    what = "forward and backward" if train else "forward"
+    return Case(
+        f"{what}, {N}x{K}, chunks {rows}x{cols}, m={m}, B={B}" + _unusual(dtype),
+        contestants,
+        exact,
+        missing=left_out,
+        call=canonical_form(x, hidden, head).call,
+        outputs=("y", "hidden", "head", "x") if train else ("y",),
+        values={"N": N, "K": K, "chunk": list(chunk), "m": m, "B": B, "weights": N * K, "train": train},
+    )
+
+
+def _unusual(dtype: torch.dtype) -> str:
+    return "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+
+
+def contexts(
+    G: int,
+    activation: str = "relu",
+    N: int = 1024,
+    K: int = 1024,
+    rows: int = 16,
+    cols: int = 64,
+    m: int = 32,
+    ours: Ours = Ours(),
+) -> Case:
+    """A context for each sample, through a trunk of one hidden layer: against hypnettorch's chunked hypernetwork.
+
+    Both sides hold hypnettorch's own parameters. Its flat chunks are laid out as ours are, `rows x cols` tiles of W,
+    and the generated weights are checked to be the same numbers.
+    """
+    I, J, embedding, context = N // rows, K // cols, 8, 16
+    x, z = torch.randn(G, K), torch.randn(G, context)
+    left_out: dict[str, str] = {}
+    contestants: Contestants = {}
+    why = baselines.missing("hypnettorch")
+    if why:
+        left_out["hypnettorch"] = why
+        shapes = ((m, embedding + context), (m,), (rows * cols, m), (rows * cols,), (I * J, embedding))
+        trunk, trunk_bias, out, out_bias, embeddings = (0.1 * torch.randn(shape) for shape in shapes)
+    else:
+        net = baselines.hypnettorch(N, K, rows * cols, m, context, {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]())
+        trunk, trunk_bias, out, out_bias, embeddings = (v.detach() for v in net.parameters())
+
+        @torch.no_grad()
+        def theirs() -> dict[str, Tensor]:
+            flat = net.forward(cond_input=z)
+            return {"y of flat chunks": torch.cat([F.linear(x[g : g + 1], w[0]) for g, w in enumerate(flat)])}
+
+        contestants["hypnettorch"] = theirs
+    head, head_bias = out.T.reshape(m, rows, cols).contiguous(), out_bias.view(rows, cols)
+
+    def hidden(dtype: torch.dtype = torch.float32) -> hk.AdditiveHidden:
+        own = [v.to(dtype) for v in (embeddings, trunk, trunk_bias, z)]
+        chunks = F.linear(own[0], own[1][:, :embedding], own[2]).view(I, J, m)
+        return hk.AdditiveHidden(F.linear(own[3], own[1][:, embedding:]), chunks, activation)
+
+    @torch.no_grad()
+    def run(backend: str | None = ours.backend) -> dict[str, Tensor]:
+        given: dict[str, Any] = {"head_bias": head_bias, "backend": backend, "order": ours.order}
+        return {"y": hk.hyper_linear(x, hidden(), head, **given)}
+
+    @torch.no_grad()
+    def formed() -> dict[str, Tensor]:
+        weights = hk.generate_weight(hidden(), head, (N, K), head_bias=head_bias)
+        return {"y": torch.bmm(x[:, None], weights.transpose(1, 2))[:, 0]}
+
+    contestants |= {"materialise": formed, "torch backend": lambda: run("torch"), OURS: run}
+
+    @torch.no_grad()
+    def exact() -> dict[str, Tensor]:
+        own = hidden(torch.float64)
+        few = hk.AdditiveHidden(own.context[:8], own.chunks, activation)
+        weights = hk.generate_weight(few, head.double(), (N, K), head_bias=head_bias.double())
+        return {"y": torch.einsum("gnk,gk->gn", weights, x[:8].double())}
+
+    @torch.no_grad()
+    def check() -> None:
+        most = 4 * G * I * J * m / 2
+        assert peak_bytes(run) < most, "the hidden layer of every context was formed"
+        generated = hk.generate_weight(hidden(), head, (N, K), head_bias=head_bias)
+        for g, (theirs,) in enumerate([] if left_out else net.forward(cond_input=z)):
+            tiles = theirs.view(I, J, rows, cols).transpose(1, 2).reshape(N, K)
+            torch.testing.assert_close(generated[g], tiles)
+
+    return Case(
+        f"forward, {G} contexts of one sample, {N}x{K}, chunks {rows}x{cols}, m={m}, {activation}",
+        contestants,
+        exact,
+        missing=left_out,
+        values={"N": N, "K": K, "chunk": [rows, cols], "m": m, "B": G, "contexts": G, "weights": G * N * K},
+        check=check,
+    )
+
+
+def whole_weights(G: int, N: int, K: int, m: int, ours: Ours = Ours()) -> Case:
+    """A context for each sample, and the whole weight in one chunk: against hyperlight, with its own parameters."""
+    context = 8
+    x, z = torch.randn(G, K), torch.rand(G, context)
+    left_out: dict[str, str] = {}
+    contestants: Contestants = {}
+    why = baselines.missing("hyperlight")
+    if why:
+        left_out["hyperlight"] = why
+        hidden, head, bias = torch.randn(G, 1, 1, m), 0.1 * torch.randn(m, N, K), torch.zeros(N, K)
+    else:
+        net = baselines.hyperlight(N, K, m, context)
+        encode = import_module("hyperlight.hypernet.encoding").encode_input
+        with torch.no_grad():
+            hidden = nn.Sequential(*list(net.backbone)[:2])(encode(z, mode=net.encoding)).view(G, 1, 1, m)
+        head, bias = net.backbone.output.weight.T.reshape(m, N, K).contiguous(), net.backbone.output.bias.view(N, K)
+
+        @torch.no_grad()
+        def theirs() -> dict[str, Tensor]:
+            return {"y": torch.bmm(x[:, None], net(z=z)["w"].transpose(1, 2))[:, 0]}
+
+        contestants["hyperlight"] = theirs
+
+    @torch.no_grad()
+    def formed(*tensors: Tensor) -> dict[str, Tensor]:
+        x, hidden, head, bias = tensors
+        weights = hk.generate_weight(hidden, head, (N, K), head_bias=bias)
+        return {"y": torch.bmm(x[:, None], weights.transpose(1, 2))[:, 0]}
+
+    @torch.no_grad()
+    def run() -> dict[str, Tensor]:
+        return {"y": hk.hyper_linear(x, hidden, head, head_bias=bias, **ours.settings)}
+
+    tensors = (x, hidden, head, bias)
+    contestants |= {"materialise": lambda: formed(*tensors), OURS: run}
+    return Case(
+        f"forward, {G} contexts of one sample, {N}x{K} in one chunk, m={m}",
+        contestants,
+        lambda: formed(*(v.double() for v in tensors)),
+        missing=left_out,
+        values={"N": N, "K": K, "chunk": [N, K], "m": m, "B": G, "contexts": G, "weights": G * N * K},
+    )
+
+
+def many_contexts(
+    shape: tuple[int, int],
+    chunk: tuple[int, int],
+    m: int,
+    G: int,
+    T: int,
+    *,
+    entries: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ours: Ours = Ours(),
+) -> Case:
+    """T tokens for each of G contexts, or for each of `entries` that draw theirs, through an additive hidden layer:
+    against weights formed, then `torch.bmm`."""
+    (N, K), (rows, cols) = shape, chunk
+    I, J, L = N // rows, K // cols, G if entries is None else entries
+    sizes = ((L, T, K), (G, m), (I, J, m), (m, rows, cols))
+    x, context, chunks, head = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
+    ids = None if entries is None else torch.arange(L, device=device) % G
+
+    @torch.no_grad()
+    def run(backend: str | None = ours.backend) -> dict[str, Tensor]:
+        given: dict[str, Any] = {"context_ids": ids, "backend": backend, "order": ours.order}
+        return {"y": hk.hyper_linear(x, hk.AdditiveHidden(context, chunks, "relu"), head, **given)}
+
+    @torch.no_grad()
+    def materialised(*tensors: Tensor) -> dict[str, Tensor]:
+        x, context, chunks, head = tensors
+        weights = hk.generate_weight(hk.AdditiveHidden(context, chunks, "relu"), head, shape)
+        return {"y": torch.bmm(x, (weights if ids is None else weights[ids[: len(x)]]).transpose(1, 2))}
+
+    def exact() -> dict[str, Tensor]:
+        few = context if ids is not None else context[:2]
+        return materialised(*(v.double() for v in (x[:2], few, chunks, head)))
+
+    contestants: Contestants = {"materialise": lambda: materialised(x, context, chunks, head), OURS: run}
+    with_triton(contestants, device, lambda name: lambda: run(name), ours)
+    call = canonical_form(x, hk.AdditiveHidden(context, chunks, "relu"), head, context_ids=ids).call
+    who = f"{G} contexts of {T}" if ids is None else f"{L} requests of {G} tasks, {T} tokens each"
+    return Case(
+        f"forward, {who}, {N}x{K}, chunks {rows}x{cols}, m={m}, relu" + _unusual(dtype),
+        contestants,
+        exact,
+        call=call,
+        values={"N": N, "K": K, "chunk": list(chunk), "m": m, "B": L * T, "contexts": G, "weights": G * N * K},
+    )
