@@ -13,17 +13,18 @@ from hyperkernels.planner import Cost, Step, workspace_bytes
 
 class Machine(NamedTuple):
     """The cost model's constants: what a well-shaped product, main memory and the cache level that blocks are cut
-    for sustain, and the size of a block that stays in that level."""
+    for sustain, the size of a block that stays in that level, and what a product costs beside."""
 
     flops_per_s: float
     memory_bytes_per_s: float
     cache_bytes_per_s: float
     block_bytes: int
+    product_us: float
 
 
 MACHINES = {
-    "cpu": Machine(1.3e11, 1.5e10, 5e10, 4 << 20),
-    "cuda": Machine(4e14, 3.5e12, 6e12, 64 << 20),
+    "cpu": Machine(1.3e11, 1.5e10, 5e10, 4 << 20, 10.0),
+    "cuda": Machine(4e14, 3.5e12, 6e12, 64 << 20, 10.0),
 }
 
 
@@ -41,7 +42,8 @@ def estimate(call: Call, step: Step) -> Cost:
         + step.bytes_moved / machine.memory_bytes_per_s
         + (1 + 3 * len(step.outputs)) * formed / machine.cache_bytes_per_s
     )
-    return Cost(1e6 * seconds, workspace(call, step.order))
+    calls_us = machine.product_us * (1 + len(step.outputs))
+    return Cost(1e6 * seconds + calls_us, workspace(call, step.order))
 
 
 def workspace(call: Call, order: str) -> int:

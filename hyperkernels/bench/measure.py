@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import hyperkernels as hk
+from hyperkernels.environment import cpu_info
 
 WARM_S = 0.01
 
@@ -98,12 +98,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        model = next(
-            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-        )
-        features = next((line for line in lines if line.startswith("flags")), "").split()
+        model, features = cpu_info()
         name = f"{model}, {torch.get_num_threads()} threads" + ", AVX-512" * ("avx512f" in features)
     return {
         "device": name,

@@ -25,7 +25,7 @@ def new(machine: dict[str, Any], command: str) -> dict[str, Any]:
 
 def save(path: Path, results: dict[str, Any]) -> None:
     """Written beside the file and moved over it: what was there stays until all of the new is."""
-    _write(path, json.dumps(results, indent=1) + "\n")
+    write(path, json.dumps(results, indent=1) + "\n")
 
 
 def save_csv(path: Path, results: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def save_csv(path: Path, results: dict[str, Any]) -> None:
                 verdict = "failed" if row["failed"] or error.get("right") is False else "right"
                 writer.writerow([row["suite"], row["case"], name, *cells, verdict])
         lines.seek(0)
-        _write(path, lines.read())
+        write(path, lines.read())
 
 
 def ratio(row: dict[str, Any], name: str) -> float | None:
@@ -50,7 +50,7 @@ def ratio(row: dict[str, Any], name: str) -> float | None:
     return row["times"][name]["p50_ms"] / ours["p50_ms"] if ours and name in row["times"] else None
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

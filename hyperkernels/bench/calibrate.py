@@ -1,0 +1,172 @@
+"""`hyperkernels bench --calibrate`: the cost model's few constants, fitted to this machine and kept for it."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+
+from hyperkernels import calibration
+from hyperkernels.backends import BACKENDS, native_cpu
+from hyperkernels.bench import results as saved
+from hyperkernels.bench.measure import timed
+from hyperkernels.call import ORDERS, Call
+from hyperkernels.chunking import Grid
+from hyperkernels.planner import Plan, Step, plan_contraction
+
+LAYERS = [(256, 256), (1024, 1024), (2304, 768), (1000, 784)]
+CHUNKS = [(4, 64), (16, 64), (16, 16), (8, 256)]
+ROWS = (1, 8, 64, 512)
+SLOW_US = 50_000
+ROUNDS = 5
+
+
+class Point(NamedTuple):
+    """A call in an order on a backend: what it took, and what the model's constants are multiplied with."""
+
+    backend: str
+    measured_us: float
+    features: dict[str, float]
+
+
+def calibrate(results: Path) -> int:
+    """Measure, fit, keep; exit code 0, or 1 where the fit is no better than what the model had."""
+    target = calibration.path()
+    if target is None:
+        raise ValueError("HYPERKERNELS_CALIBRATION is off: unset it, or name a file")
+    torch.manual_seed(0)
+    points = measured()
+    before = calibration.constants()
+    after = fitted(points, before)
+    off = [median(_off(p, values) for p in points) for values in (before, after)]
+    picture = draw(points, {"as shipped": before, "fitted": after}, results.with_name("hyperkernels-calibration.png"))
+    print(f"{len(points)} calls; the model is off by {off[0]:.2f} times as shipped, {off[1]:.2f} times fitted (median)")
+    for name in calibration.CONSTANTS:
+        print(f"  {name:20} {before[name]:12.4g} -> {after[name]:12.4g}")
+    print(f"picture: {picture}")
+    if off[1] > off[0]:
+        print("nothing is kept: the fit is no better")
+        return 1
+    kept = {"format": calibration.FORMAT, "machine": calibration.machine_key(), "constants": after}
+    saved.write(target, json.dumps(kept, indent=1) + "\n")
+    print(f"kept: {target}; delete it to go back")
+    return 0
+
+
+def measured() -> list[Point]:
+    calls = [
+        Call(Grid(N, K, rows, cols), 16, 1, 1, B)
+        for N, K in LAYERS
+        for rows, cols in CHUNKS
+        for B in ROWS
+        if rows <= N and cols <= K
+    ]
+    found = []
+    with torch.no_grad():
+        for call in track(calls, "measuring"):
+            factors = {name: torch.randn(call.shape(name)) for name in ("hidden", "head", "x")}
+            for backend in ("cpu", "torch"):
+                if not BACKENDS[backend].supports(call, None)[0]:
+                    continue
+                for order in ORDERS:
+                    entry = BACKENDS[backend]
+                    plan = plan_contraction(call, ("y",), order, entry.estimate, entry.shares)
+                    if plan.steps[0].time_us < SLOW_US:
+                        found.append(_point(call, backend, plan, factors))
+    return found
+
+
+def _point(call: Call, backend: str, plan: Plan, factors: dict[str, torch.Tensor]) -> Point:
+    contract = BACKENDS[backend].contract
+    assert contract is not None
+    best = min(timed(partial(contract, call, plan, factors, None)) for _ in range(ROUNDS))
+    (step,) = plan.steps
+    features = _native_features(call, step) if backend == "cpu" else _torch_features(call, step)
+    return Point(backend, 1e6 * best, features)
+
+
+def _native_features(call: Call, step: Step) -> dict[str, float]:
+    """By constant, how much of its reciprocal or of itself a call takes, in us."""
+    plain = step._replace(cost=step.cost._replace(time_us=0.0, workspace_bytes=0))
+    runs = native_cpu.runs(call, step.outputs, (plain,), True, True, *native_cpu._settings())[1]
+    rows = call.entries * call.tokens
+    features: dict[str, float] = dict.fromkeys(calibration.NATIVE, 0.0)
+    for run in runs:
+        features["vectors_per_us"] += run.native.work(rows) / run.native.threads
+        features["few_call_us" if isinstance(run.native, native_cpu.FewRows) else "call_us"] += 1
+    return features
+
+
+def _torch_features(call: Call, step: Step) -> dict[str, float]:
+    formed = call.numbers(call.intermediate(step.order)) * call.dtype.itemsize
+    cached = (1 + 3 * len(step.outputs)) * formed
+    return {
+        "flops_per_s": 1e6 * step.flops,
+        "memory_bytes_per_s": 1e6 * step.bytes_moved,
+        "cache_bytes_per_s": 1e6 * cached,
+        "product_us": 1 + len(step.outputs),
+    }
+
+
+def _is_rate(name: str) -> bool:
+    return name.endswith("_per_s") or name == "vectors_per_us"
+
+
+def expected_us(point: Point, values: dict[str, float]) -> float:
+    return sum(n / values[name] if _is_rate(name) else n * values[name] for name, n in point.features.items())
+
+
+def _off(point: Point, values: dict[str, float]) -> float:
+    ratio = expected_us(point, values) / point.measured_us
+    return max(ratio, 1 / ratio)
+
+
+def fitted(points: list[Point], before: dict[str, float]) -> dict[str, float]:
+    """Least squares of the relative error, each constant between a tenth of what it was and ten times that."""
+    after = dict(before)
+    for backend in {point.backend for point in points}:
+        own = [point for point in points if point.backend == backend]
+        names = list(own[0].features)
+        # in units of what the constants were, so that all unknowns are near 1
+        unit = [1 / before[name] if _is_rate(name) else before[name] for name in names]
+        rows = [[p.features[n] * u / p.measured_us for n, u in zip(names, unit)] for p in own]
+        scale = _bounded_least_squares(torch.tensor(rows, dtype=torch.float64))
+        for name, factor in zip(names, scale.tolist()):
+            after[name] = before[name] / factor if _is_rate(name) else before[name] * factor
+    return after
+
+
+def _bounded_least_squares(rows: torch.Tensor, steps: int = 2000) -> torch.Tensor:
+    """The minimum of `||rows s - 1||` over 0.1 <= s <= 10, one unknown at a time."""
+    scale = torch.ones(rows.shape[1], dtype=torch.float64)
+    squares = rows.square().sum(0).clamp_min(1e-300)
+    for _ in range(steps):
+        for n in range(len(scale)):
+            rest = 1 - rows @ scale + rows[:, n] * scale[n]
+            if rows[:, n].any():
+                scale[n] = ((rows[:, n] @ rest) / squares[n]).clamp(0.1, 10)
+    return scale
+
+
+def draw(points: list[Point], models: dict[str, dict[str, float]], path: Path) -> Path:
+    from hyperkernels.bench.plots import canvas
+
+    figure, axes = canvas(len(models))
+    for axis, (title, values) in zip(axes, models.items()):
+        for backend, color, marker in (("cpu", "#0072B2", "o"), ("torch", "#D55E00", "^")):
+            own = [(p.measured_us, expected_us(p, values)) for p in points if p.backend == backend]
+            if own:
+                axis.plot(*zip(*own), color=color, marker=marker, linestyle="", label=backend, markersize=4, alpha=0.7)
+        ends = [min(p.measured_us for p in points), max(p.measured_us for p in points)]
+        axis.plot(ends, ends, color="black", linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="measured, us", ylabel="expected, us", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path

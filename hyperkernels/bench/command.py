@@ -1,0 +1,208 @@
+"""`hyperkernels bench`: runs suites with a progress bar, saves each row as it comes, and prints the table."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hyperkernels.backends import BACKENDS
+from hyperkernels.bench import results as saved
+from hyperkernels.bench.case import ENGINES, OURS
+from hyperkernels.bench.linear import Ours
+from hyperkernels.bench.measure import ceilings, machine
+from hyperkernels.bench.run import run
+from hyperkernels.bench.suites import DTYPES, SUITES, Wanted, cases
+from hyperkernels.call import Call
+from hyperkernels.chunking import Grid
+
+ROUNDS, QUICK_ROUNDS = 15, 5
+WIDE = 120
+SLOWER = 0.9  # of the base's factor over a baseline: less is pointed out
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    chosen = arguments.suites or list(SUITES)
+    unknown = [name for name in chosen if name not in SUITES]
+    if unknown:
+        raise ValueError(f"suite: got {unknown[0]!r}, wanted one of {', '.join(SUITES)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: torch sees no CUDA device here; leave it out to measure the CPU")
+    ours = Ours(arguments.order, arguments.backend)
+    _check_backend(arguments, ours)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    wanted = Wanted(arguments.quick, tuple(arguments.shape), arguments.dtype, arguments.device, ours)
+    todo = [(suite, make) for suite in chosen for make in cases(suite, wanted)]
+    if not todo:
+        raise ValueError(f"{', '.join(chosen)}: no case for these settings; leave out --shape, --dtype or --device")
+    command = shlex.join(["hyperkernels", "bench", *sys.argv[2:]])
+    found = saved.new(machine(arguments.device), command)
+    found["machine"]["ceilings"] = {}
+    saved.save(arguments.json, found)  # before anything is measured: is there leave to write?
+    base = _base(arguments) if arguments.base else None
+    console = Console(stderr=True)
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+    with (
+        _quiet(),
+        Progress(
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+            console=console,
+        ) as progress,
+    ):
+        bar = progress.add_task("the machine's ceilings", total=len(todo) * rounds)
+        try:
+            found["machine"]["ceilings"] = ceilings(arguments.device)
+
+            def tick(name: str) -> None:
+                progress.update(bar, advance=1, description=name[:60])
+
+            for row in run(todo, rounds, found["machine"]["ceilings"], arguments.device, tick):
+                found["rows"].append(row)
+                _save(arguments, found)
+            found["complete"] = True
+        except KeyboardInterrupt:
+            console.print(f"stopped: {len(found['rows'])} of {len(todo)} cases are kept")
+        _save(arguments, found)
+    print_rows(found, base)
+    print(f"\nresults: {arguments.json}")
+    return int(not found["complete"] or any(row["failed"] for row in found["rows"]))
+
+
+def _check_backend(arguments: argparse.Namespace, ours: Ours) -> None:
+    if ours.backend is None:
+        return
+    call = Call(Grid(64, 64, 8, 8), 8, 1, 1, 4, dtype=DTYPES[arguments.dtype], device=arguments.device)
+    able, reason = BACKENDS[ours.backend].supports(call, ours.order)
+    if not able:
+        raise ValueError(f"--backend: {ours.backend} cannot do this here: {reason}")
+
+
+def _save(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    saved.save(arguments.json, found)
+    if arguments.csv:
+        saved.save_csv(arguments.csv, found)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without other libraries' warnings between the lines of the progress bar."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _base(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The results of another commit, measured now by its own code, or those of a file."""
+    path = Path(arguments.base)
+    if path.suffix == ".json":
+        return saved.load(path)
+    root = Path(__file__).parents[2]
+    git = ["git", "-C", str(root)]
+    commit = subprocess.run(
+        [*git, "rev-parse", "--verify", f"{arguments.base}^{{commit}}"], capture_output=True, text=True
+    )
+    if commit.returncode:
+        raise ValueError(f"--base: got {arguments.base!r}, wanted a commit of {root}, or a results file (.json)")
+    with tempfile.TemporaryDirectory() as folder:
+        tree, output = Path(folder) / "tree", Path(folder) / "base.json"
+        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(tree), commit.stdout.strip()], check=True)
+        try:
+            given = _without(sys.argv[2:], "--base", "--json", "--csv")
+            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            again = [sys.executable, "-m", "hyperkernels", "bench", *given, "--json", str(output)]
+            for step in (build, again):
+                print(f"base {arguments.base}: {shlex.join(step[1:4])} ...", file=sys.stderr)
+                outcome = subprocess.run(step, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                if outcome.returncode and not output.exists():
+                    last = (outcome.stderr.strip().splitlines() or ["it failed"])[-1]
+                    raise ValueError(f"--base: {arguments.base} cannot be measured: {last}")
+            return saved.load(output)
+        finally:
+            subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=False)
+
+
+def _without(given: list[str], *options: str) -> list[str]:
+    kept, skip = [], False
+    for word in given:
+        if skip:
+            skip = False
+        elif word in options:
+            skip = True
+        elif not word.startswith(tuple(f"{option}=" for option in options)):
+            kept.append(word)
+    return kept
+
+
+def print_rows(found: dict[str, Any], base: dict[str, Any] | None = None) -> None:
+    """A table for each suite; of ours, how many times faster it is than each."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDE)  # a file has no edge
+    there = found["machine"]
+    told = there["ceilings"]
+    rates = ", ".join(
+        f"{name} {told[key]:.0f} {unit}"
+        for key, name, unit in (
+            *(("gflop_per_s", "a large product", "GFLOP/s"), ("fma_gflop_per_s", "multiplications", "GFLOP/s")),
+            ("gb_per_s", "a large copy", "GB/s"),
+        )
+        if key in told
+    )
+    console.print(f"{there['device']}; torch {there['torch']}; {rates}", highlight=False)
+    for suite in dict.fromkeys(row["suite"] for row in found["rows"]):
+        for row in found["rows"]:
+            if row["suite"] == suite:
+                console.print(_table(row, base))
+                if row["failed"]:
+                    console.print(f"[bold]FAILED[/bold]: {row['failed']}", highlight=False)
+
+
+def _table(row: dict[str, Any], base: dict[str, Any] | None) -> Table:
+    table = Table(title=f"{row['suite']}: {row['case']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = ["", "p20 ms", "p50", "p80", "faster", "roof", "max err", "RMS err", "MiB"]
+    for n, name in enumerate(columns):
+        table.add_column(name, justify="left" if n == 0 else "right", no_wrap=True)
+    if base:
+        table.add_column("base", justify="right")
+    for name, times in row["times"].items():
+        error = row["errors"].get(name)
+        mine = name in ENGINES
+        factor = None if name == OURS else saved.ratio(row, name)
+        share = row["of_roofline"].get(name)
+        cells = [f"{times[key]:.3g}" for key in ("p20_ms", "p50_ms", "p80_ms")]
+        cells += [f"{factor:.2f}x" if factor else "", f"{share:.0%}" if share else ""]
+        cells += [f"{error[kind]:.0e}" if error else "" for kind in ("max", "rms")]
+        cells.append(f"{row['peak_mib'].get(name, 0):.1f}")
+        if base:
+            cells.append(_against(base, row, name))
+        wrong = error is not None and not error["right"]
+        table.add_row(f"{name}, wrong" if wrong else name, *cells, style="bold" if mine else None)
+    if row["missing"]:
+        table.caption = "\n".join(f"{name} is not here: {why}" for name, why in row["missing"].items())
+        table.caption_justify = "left"
+    return table
+
+
+def _against(base: dict[str, Any], row: dict[str, Any], name: str) -> str:
+    """The base's factor over the same baseline: a ratio within each run, which the machine's drift is out of."""
+    other = next((r for r in base["rows"] if (r["suite"], r["case"]) == (row["suite"], row["case"])), None)
+    if other is None or name == OURS or saved.ratio(other, name) is None:
+        return ""
+    before, now = saved.ratio(other, name), saved.ratio(row, name)
+    assert before is not None
+    return f"{before:.2f}x" + (", slower now" if now and now < SLOWER * before else "")

@@ -1,0 +1,94 @@
+"""`hyperkernels report`: saved results as one HTML file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+from hyperkernels.bench import results as saved
+from hyperkernels.bench.baselines import BASELINES
+from hyperkernels.bench.case import ENGINES, OURS
+from hyperkernels.bench.plots import figures
+from hyperkernels.bench.suites import SUITES
+
+CAPTIONS = {
+    "speedup": "How many times faster ours is, against the rows in a batch; a star where it passes 1.",
+    "roofline": "Each row under the machine's roof.",
+    "memory": "What a call holds at once, against how many weights its contexts have.",
+    "scaling": "A training step against how many weights the layer has.",
+}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
+table { border-collapse: collapse; margin: .4rem 0 1.4rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+tr.ours { font-weight: 600; background: #eef5fb; }
+tr.wrong, p.failed { color: #b00020; font-weight: 600; }
+tr.missing { color: #666; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; }
+figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #444; }
+.wide { overflow-x: auto; }
+"""
+
+
+def write_page(path: Path, output: Path) -> Path:
+    results = saved.load(path)
+    saved.write(output, page(results))
+    return output
+
+
+def page(results: dict[str, Any]) -> str:
+    """The whole document."""
+    machine, rates = results["machine"], results["machine"]["ceilings"]
+    told = [machine["device"], f"torch {machine['torch']}", f"Python {machine['python']}"]
+    told += [f"hyperkernels {machine['hyperkernels']}"]
+    units = {"gflop_per_s": "GFLOP/s of a large product", "fma_gflop_per_s": "GFLOP/s in registers"}
+    told += [f"{rates[key]:.0f} {unit}" for key, unit in units.items() if key in rates]
+    told += [f"{rates['gb_per_s']:.0f} GB/s of a large copy"] if "gb_per_s" in rates else []
+    parts = [f"<p>{_text(', '.join(told))}.</p>", f"<p><code>{_text(results['command'])}</code></p>"]
+    if not results["complete"]:
+        parts.append("<p class=failed>Stopped before its end: these are the rows that were measured.</p>")
+    for name, figure in figures(results).items():
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=110)
+        source = base64.b64encode(data.getvalue()).decode()
+        caption = _text(CAPTIONS[name])
+        image = f'<img src="data:image/png;base64,{source}" alt="{caption}">'
+        parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
+        parts.append(f"<h2>{_text(suite)}</h2><p>{_text(SUITES.get(suite, ''))}.</p>")
+        parts += [_table(row) for row in results["rows"] if row["suite"] == suite]
+    used = {name for row in results["rows"] for name in (*row["times"], *row["missing"])}
+    terms = "".join(f"<dt>{_text(n)}</dt><dd>{_text(what)}</dd>" for n, what in BASELINES.items() if n in used)
+    parts.append(f"<h2>Baselines</h2><dl>{terms}</dl>")
+    title = "hyperkernels, measured"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    body = "\n".join(parts)
+    start = f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n'
+    return f"{start}<body><h1>{title}</h1>\n{body}\n</body></html>\n"
+
+
+def _table(row: dict[str, Any]) -> str:
+    columns = ("", "p20 ms", "p50 ms", "p80 ms", "ours is", "of the roofline", "max error", "RMS error", "MiB")
+    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
+    for name, times in row["times"].items():
+        error, share = row["errors"].get(name), row["of_roofline"].get(name)
+        factor = None if name == OURS else saved.ratio(row, name)
+        cells = [name, *(f"{times[key]:.3f}" for key in ("p20_ms", "p50_ms", "p80_ms"))]
+        cells += [f"{factor:.2f} times faster" if factor else "", f"{share:.0%}" if share else ""]
+        cells += [f"{error[kind]:.1e}" if error else "" for kind in ("max", "rms")]
+        cells.append(f"{row['peak_mib'].get(name, 0):.1f}")
+        wrong = error is not None and not error["right"]
+        kind = "wrong" if wrong else "ours" if name in ENGINES else ""
+        lines.append(f'<tr class="{kind}">' + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+    for name, why in row["missing"].items():
+        lines.append(f'<tr class="missing"><td>{_text(name)}</td><td colspan="8">not here: {_text(why)}</td></tr>')
+    failed = f"<p class=failed>Failed: {_text(row['failed'])}</p>" if row["failed"] else ""
+    return f'<h3>{_text(row["case"])}</h3>{failed}<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _text(value: str) -> str:
+    return html.escape(value)

@@ -1,0 +1,67 @@
+"""The cost model's constants for this machine, where somebody had them measured (`hyperkernels bench --calibrate`).
+
+They lie in the user's cache folder and are read when the package is imported; HYPERKERNELS_CALIBRATION names another
+file, or with `off` none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hyperkernels.backends import native_cpu, torch_blocks
+from hyperkernels.environment import cpu_info
+
+FORMAT = 1
+NATIVE = ("vectors_per_us", "call_us", "few_call_us")
+TORCH = ("flops_per_s", "memory_bytes_per_s", "cache_bytes_per_s", "product_us")
+CONSTANTS = (*NATIVE, *TORCH)
+
+
+def path() -> Path | None:
+    """Where the constants are kept; None where they are switched off."""
+    given = os.environ.get("HYPERKERNELS_CALIBRATION", "")
+    if given == "off":
+        return None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else cache / "hyperkernels" / "calibration.json"
+
+
+def machine_key() -> str:
+    """What a calibration is for: the CPU, and what the engine uses of it."""
+    return f"{cpu_info()[0]}, {native_cpu.INSTRUCTIONS or 'no engine'}"
+
+
+def constants() -> dict[str, float]:
+    """Those that the model has now."""
+    machine = torch_blocks.MACHINES["cpu"]
+    own = (native_cpu.VECTORS_PER_US, native_cpu.CALL_US, native_cpu.FEW_CALL_US)
+    return dict(zip(NATIVE, own)) | {name: getattr(machine, name) for name in TORCH}
+
+
+def apply(values: dict[str, float]) -> None:
+    """Raises ValueError for what are not positive numbers by the names of `CONSTANTS`."""
+    good = all(isinstance(v, (int, float)) and v > 0 for v in values.values())
+    if set(values) != set(CONSTANTS) or not good:
+        raise ValueError(f"constants: got {values}, wanted positive numbers for {', '.join(CONSTANTS)}")
+    native_cpu.VECTORS_PER_US = values["vectors_per_us"]
+    native_cpu.CALL_US, native_cpu.FEW_CALL_US = values["call_us"], values["few_call_us"]
+    torch_blocks.MACHINES["cpu"] = torch_blocks.MACHINES["cpu"]._replace(**{name: values[name] for name in TORCH})
+
+
+def load() -> None:
+    """Apply what was saved for this machine; a file that cannot be read changes nothing, and is pointed out."""
+    file = path()
+    if file is None or not file.exists():
+        return
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        if found["format"] == FORMAT and found["machine"] == machine_key():
+            apply(found["constants"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{file}: no calibration ({error}): delete it, or run `hyperkernels bench --calibrate`", stacklevel=2
+        )

@@ -1,0 +1,248 @@
+"""The command line: what it measures, shows and saves, and what it says to those who mistype."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hyperkernels as hk
+from hyperkernels import cli
+from hyperkernels.bench import case, linear, results
+
+pytest.importorskip("rich", reason="the command line draws its tables with rich")
+pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+TINY = ("--quick", "--shape", "64x64", "--rounds", "2")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Results of a few tiny suites, as the command saves them."""
+    path = tmp_path_factory.mktemp("bench") / "tiny.json"
+    suites = ("linear", "contexts", "conv", "train-step", "decode", "memory")
+    assert cli.main(["bench", *suites, *TINY, "--json", str(path), "--csv", str(path.with_suffix(".csv"))]) == 0
+    return path
+
+
+def test_every_number_has_its_error_and_its_place_under_the_roof(measured):
+    found = results.load(measured)
+    assert found["complete"]
+    assert {"gflop_per_s", "gb_per_s"} <= found["machine"]["ceilings"].keys()
+    assert {row["suite"] for row in found["rows"]} == {*cli_suites(), "conv"} - {"scaling", "models"}
+    for row in found["rows"]:
+        assert row["failed"] is None
+        assert "hyperkernels" in row["times"]
+        assert row["errors"]["hyperkernels"]["right"]
+        assert row["of_roofline"]["hyperkernels"] > 0
+        for times in row["times"].values():
+            assert 0 < times["p20_ms"] <= times["p50_ms"] <= times["p80_ms"]
+    names = {name for row in found["rows"] for name in (*row["times"], *row["missing"])}
+    assert {"dense", "dense-tuned", "materialise", "einsum", "hypnettorch", "fastkron"} <= names
+    lines = list(csv.DictReader(measured.with_suffix(".csv").read_text().splitlines()))
+    assert len(lines) == sum(len(row["times"]) for row in found["rows"])
+    assert {line["verdict"] for line in lines} == {"right"}
+
+
+def cli_suites():
+    from hyperkernels.bench.suites import SUITES
+
+    return SUITES
+
+
+def test_a_baseline_that_is_missing_says_so(measured, monkeypatch, capsys):
+    monkeypatch.setattr(linear.baselines, "missing", lambda name, *_: "nobody installed it" if name == "einsum" else "")
+    path = measured.with_name("missing.json")
+    assert cli.main(["bench", "decode", *TINY, "--json", str(path)]) == 0
+    assert results.load(path)["rows"][0]["missing"] == {"einsum": "nobody installed it"}
+    assert "einsum is not here: nobody installed it" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_wrong_result_is_a_failed_row_however_fast(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hk, "hyper_linear", lambda x, hidden, head, **_: x.new_zeros(len(x), 64))
+    path = tmp_path / "wrong.json"
+    assert cli.main(["bench", "decode", *TINY, "--json", str(path), "--csv", str(tmp_path / "wrong.csv")]) == 1
+    (row,) = results.load(path)["rows"]
+    assert "hyperkernels is wrong" in row["failed"]
+    assert "FAILED" in capsys.readouterr().out
+    assert "failed" in (tmp_path / "wrong.csv").read_text()
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    from hyperkernels.bench import command
+
+    def stopped(*given):
+        rows = run(*given)
+        yield next(rows)
+        raise KeyboardInterrupt
+
+    run = command.run
+    monkeypatch.setattr(command, "run", stopped)
+    path = tmp_path / "part.json"
+    assert cli.main(["bench", "memory", *TINY, "--json", str(path)]) == 1
+    found = results.load(path)
+    assert not found["complete"]
+    assert len(found["rows"]) == 1
+    assert "1 of 3 cases are kept" in capsys.readouterr().err
+    assert cli.main(["report", str(path), "--output", str(tmp_path / "part.html")]) == 0
+    assert "Stopped before its end" in (tmp_path / "part.html").read_text()
+
+
+def test_a_base_is_compared_factor_by_factor(measured, tmp_path, capsys):
+    before = json.loads(measured.read_text())
+    for row in before["rows"]:
+        row["times"]["hyperkernels"]["p50_ms"] /= 1000
+    base = tmp_path / "base.json"
+    base.write_text(json.dumps(before))
+    assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "now.json"), "--base", str(base)]) == 0
+    assert "slower" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_good_one(measured, tmp_path, monkeypatch):
+    path = tmp_path / "good.json"
+    shutil.copy(measured, path)
+    good = path.read_text()
+
+    def broken(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(results.os, "replace", broken)
+    with pytest.raises(OSError, match="full"):
+        results.save(path, {"half": "done"})
+    assert path.read_text() == good
+    assert [p.name for p in tmp_path.iterdir()] == ["good.json"]
+
+
+def test_plots_are_drawn_without_a_display(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    assert cli.main(["plot", str(measured), "--output", str(tmp_path)]) == 0
+    written = capsys.readouterr().out.split()
+    assert {Path(name).name for name in written} >= {
+        f"tiny-{n}.{k}" for n in ("speedup", "memory") for k in ("png", "svg")
+    }
+    assert all(Path(name).stat().st_size > 5000 for name in written)
+
+
+def test_the_crossover_lies_between_the_batches_where_the_factor_passes_1():
+    from hyperkernels.bench.plots import crossover
+
+    assert crossover([(1, 0.5), (4, 2.0)]) == pytest.approx(2.0)
+    assert crossover([(1, 4.0), (16, 0.25)]) == pytest.approx(4.0)
+    assert crossover([(1, 2.0), (4, 3.0)]) is None
+
+
+def test_the_report_needs_no_other_file(measured, tmp_path):
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(measured), "--output", str(page)]) == 0
+    text = page.read_text()
+    pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)
+    assert len(pictures) == text.count("<img") >= 3
+    assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in pictures)
+    assert not re.search(r"<script|<link|https?://", text)
+    for row in results.load(measured)["rows"]:
+        assert row["case"] in text
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium to look at it with")
+def test_a_browser_finds_nothing_amiss_in_the_report(measured, tmp_path):
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(measured), "--output", str(page)]) == 0
+    check = "<script>onload = () => { document.title = [...document.images].every(i => i.naturalWidth > 100) }</script>"
+    page.write_text(page.read_text().replace("</body>", f"{check}</body>"))
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    seen = subprocess.run([*browser, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    assert "<title>true</title>" in seen.stdout
+    assert "CONSOLE" not in seen.stderr
+
+
+def test_env_explain_and_advise_speak_to_people_and_programs(capsys):
+    for command in (["env"], ["explain", "512x512", "--tokens", "64"], ["advise", "4096x4096"]):
+        assert cli.main(command) == 0
+        assert len(capsys.readouterr().out) > 200
+        assert cli.main([*command, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+    assert cli.main(["explain", "512x512", "--order", "generate", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert {row["order"] for row in plans if row["picked"]} == {"generate"}
+    assert cli.main(["explain", "512x512", "--contexts", "8", "--tokens", "8"]) == 0
+    assert "8 contexts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["bench", "sideways"], "suite: got 'sideways', wanted one of linear"),
+        (["bench", "--shape", "64"], "--shape: got '64', wanted NxK"),
+        (["bench", "--rounds", "0"], "--rounds: got '0', wanted a positive integer"),
+        (["bench", "scaling", "--shape", "64x64"], "no case for these settings"),
+        (["bench", "linear", "--device", "cuda"], "torch sees no CUDA device"),
+        (["bench", "linear", "--backend", "triton"], "triton cannot do this here"),
+        (["bench", "linear", "--json", "/dev/null/x.json"], "cannot write there"),
+        (["bench", "linear", *TINY, "--base", "no-such-commit"], "wanted a commit of"),
+        (["report", "nowhere.json"], "cannot read it"),
+        (["plot", "nowhere.json"], "cannot read it"),
+        (["advise", "4096by4096"], "wanted NxK"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_arguments_are_one_line_that_says_what_to_do(given, wanted, capsys, tmp_path, monkeypatch):
+    if torch.cuda.is_available() and ("cuda" in given or "triton" in given):
+        pytest.skip("a CUDA device is there")
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main(given)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert wanted in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda text: text[: len(text) // 2], "cut short"),
+        (lambda text: "[]", "no results of"),
+        (lambda text: text.replace('"hyperkernels_bench": 1', '"hyperkernels_bench": 99'), "format 99"),
+        (lambda text: text.replace('"times"', '"tides"'), "parts of it are missing"),
+    ],
+)
+def test_a_damaged_file_is_named(change, wanted, measured, tmp_path, capsys):
+    path = tmp_path / "damaged.json"
+    path.write_text(change(measured.read_text()))
+    for command in ("plot", "report"):
+        assert cli.main([command, str(path)]) == 2
+        assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["bench"], ["plot"], ["report"], ["env"], ["explain"], ["advise"]], ids=str)
+def test_help_teaches_with_examples(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--help"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert "examples:" in told
+    assert "exit codes" in told
+
+
+def test_it_runs_as_a_module():
+    found = subprocess.run(
+        [sys.executable, "-m", "hyperkernels", "--version"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == hk.__version__
+
+
+def test_a_case_is_judged_by_every_result_that_fp64_gives():
+    exact = {"y": torch.ones(4, dtype=torch.float64), "dx": torch.ones(4, dtype=torch.float64)}
+    right = {name: v.float() for name, v in exact.items()}
+    contestants = {"materialise": lambda: right, "hyperkernels": lambda: right | {"dx": right["dx"] * 1.01}}
+    verdicts = case.judge(case.Case("", contestants, lambda: exact))
+    assert verdicts["materialise"].right
+    assert not verdicts["hyperkernels"].right
+    assert verdicts["hyperkernels"].error.max == pytest.approx(0.01, rel=1e-4)
