@@ -65,6 +65,17 @@ def test_a_baseline_that_is_missing_says_so(measured, monkeypatch, capsys):
     assert "einsum is not here: nobody installed it" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_case_whose_library_is_missing_has_not_failed(tmp_path, monkeypatch, capsys):
+    from hyperkernels.bench import suites
+
+    def absent(*_, **__):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(suites, "linear", absent)
+    assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "x.json")]) == 0
+    assert "transformers is not installed" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_wrong_result_is_a_failed_row_however_fast(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hk, "hyper_linear", lambda x, hidden, head, **_: x.new_zeros(len(x), 64))
     path = tmp_path / "wrong.json"

@@ -182,7 +182,8 @@ def contexts(
         contestants,
         exact,
         missing=left_out,
-        values={"N": N, "K": K, "chunk": [rows, cols], "m": m, "B": G, "contexts": G, "weights": G * N * K},
+        values={"N": N, "K": K, "chunk": [rows, cols], "m": m, "B": G, "contexts": G, "weights": G * N * K}
+        | {"whose": ", a context per sample"},
         check=check,
     )
 
@@ -227,7 +228,8 @@ def whole_weights(G: int, N: int, K: int, m: int, ours: Ours = Ours()) -> Case:
         contestants,
         lambda: formed(*(v.double() for v in tensors)),
         missing=left_out,
-        values={"N": N, "K": K, "chunk": [N, K], "m": m, "B": G, "contexts": G, "weights": G * N * K},
+        values={"N": N, "K": K, "chunk": [N, K], "m": m, "B": G, "contexts": G, "weights": G * N * K}
+        | {"whose": ", a context per sample"},
     )
 
 
@@ -275,5 +277,6 @@ def many_contexts(
         contestants,
         exact,
         call=call,
-        values={"N": N, "K": K, "chunk": list(chunk), "m": m, "B": L * T, "contexts": G, "weights": G * N * K},
+        values={"N": N, "K": K, "chunk": list(chunk), "m": m, "B": L * T, "contexts": G, "weights": G * N * K}
+        | {"whose": ", a context per sequence" if ids is None else ", requests of mixed tasks"},
     )

@@ -106,7 +106,7 @@ def _speedup(results: dict[str, Any]) -> Any:
     for row in _good(results, "linear", "decode", "contexts", "train-step"):
         values = row["values"]
         if {"N", "B"} <= values.keys() and "convolution" not in row["case"]:
-            what = row["case"].split(",")[0] + (", contexts" if values.get("contexts", 1) > 1 else "")
+            what = row["case"].split(",")[0] + values.get("whose", "")
             groups.setdefault((row["suite"], what, values["N"], values["K"]), []).append(row)
     groups = {key: rows for key, rows in groups.items() if len({row["values"]["B"] for row in rows}) > 1}
     if not groups:
@@ -168,12 +168,15 @@ def _against_weights(results: dict[str, Any], suite: str, what: list[tuple[str, 
     )
     if len({row["values"]["weights"] for row in rows}) < 2:
         return None
+    from matplotlib.ticker import NullFormatter
+
     figure, axes = canvas(len(what))
     for axis, (label, value) in zip(axes, what):
         for name in dict.fromkeys(name for row in rows for name in row["times"]):
             points = [(row["values"]["weights"], value(row, name)) for row in rows if name in row["times"]]
             axis.plot(*zip(*[(x, max(y, 1e-3)) for x, y in points]), **_style(name))
         axis.set(xscale="log", yscale="log", xlabel="generated weights", ylabel=label)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
     return figure

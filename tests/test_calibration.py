@@ -1,0 +1,93 @@
+"""The cost model's constants: fitted to what was measured, kept for one machine, and never half read."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+
+from hyperkernels import calibration
+
+pytest.importorskip("rich", reason="calibrating shows its progress with rich")
+from hyperkernels.bench import calibrate
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """A file of its own, and the model as it was afterwards."""
+    before = calibration.constants()
+    monkeypatch.setenv("HYPERKERNELS_CALIBRATION", str(tmp_path / "calibration.json"))
+    yield tmp_path / "calibration.json"
+    calibration.apply(before)
+
+
+def save(path, constants, machine=None):
+    machine = calibration.machine_key() if machine is None else machine
+    path.write_text(json.dumps({"format": calibration.FORMAT, "machine": machine, "constants": constants}))
+
+
+def test_the_fit_finds_the_constants_that_made_the_points():
+    before = calibration.constants()
+    true = {name: value * factor for (name, value), factor in zip(before.items(), (2.0, 0.5, 3.0, 1.5, 0.4, 2.5, 0.7))}
+    points = []
+    for n in range(1, 12):
+        native = {"vectors_per_us": 3e4 * n, "call_us": float(n % 3 > 0), "few_call_us": float(n % 3 == 0)}
+        torches = {"flops_per_s": 3e13 * n * n, "memory_bytes_per_s": 1e12 * n, "cache_bytes_per_s": 4e12 * (n % 4)}
+        points.append(calibrate.Point("cpu", 0.0, native))
+        points.append(calibrate.Point("torch", 0.0, torches | {"product_us": 2.0}))
+    points = [p._replace(measured_us=calibrate.expected_us(p, true)) for p in points]
+    found = calibrate.fitted(points, before)
+    assert found == pytest.approx(true, rel=1e-3)
+
+
+def test_what_is_kept_is_applied_on_its_machine_alone(kept):
+    other = {name: value * 2 for name, value in calibration.constants().items()}
+    before = calibration.constants()
+    save(kept, other, machine="another CPU")
+    calibration.load()
+    assert calibration.constants() == before
+    save(kept, other)
+    calibration.load()
+    assert calibration.constants() == other
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1'])
+def test_a_damaged_file_changes_nothing_and_is_pointed_out(text, kept):
+    before = calibration.constants()
+    kept.write_text(text)
+    with pytest.warns(UserWarning, match="no calibration"):
+        calibration.load()
+    assert calibration.constants() == before
+
+
+def test_constants_that_are_no_positive_numbers_are_refused(kept):
+    before = calibration.constants()
+    for wrong in (before | {"call_us": -1.0}, {"call_us": 1.0}, before | {"more": 1.0}):
+        save(kept, wrong)
+        with pytest.warns(UserWarning, match="wanted positive numbers"):
+            calibration.load()
+    assert calibration.constants() == before
+
+
+def test_off_is_off(monkeypatch):
+    monkeypatch.setenv("HYPERKERNELS_CALIBRATION", "off")
+    assert calibration.path() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibration.load()
+    with pytest.raises(ValueError, match="off"):
+        calibrate.calibrate(None)
+
+
+def test_calibrate_measures_keeps_and_draws(kept, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "LAYERS", [(256, 256)])
+    monkeypatch.setattr(calibrate, "ROWS", (1, 16))
+    code = calibrate.calibrate(tmp_path / "results.json")
+    told = capsys.readouterr().out
+    assert (tmp_path / "hyperkernels-calibration.png").stat().st_size > 10_000
+    assert "as shipped" in told
+    assert code == (0 if kept.exists() else 1)
+    if kept.exists():
+        calibration.load()
+        assert calibration.constants() == json.loads(kept.read_text())["constants"]
