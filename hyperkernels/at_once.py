@@ -1,6 +1,5 @@
 """A product of a few rows, asked for again: to check, plan and dispatch it takes far longer than to compute it.
 
-
 A call like one that was checked before, which nobody watches and whose plan comes to `native_cpu.FewRows`, goes
 straight to that.
 """

@@ -50,7 +50,7 @@ def hyper_linear(
         y `[*, N]`, in x's dtype (under autocast, in autocast's).
 
     Numerics: products accumulate in fp32 or wider; the intermediate of the order is rounded to x's dtype once.
-    The same bits come back for the same shapes, device and thread count.
+    The same bits come back for the same shapes, strides, device and thread count.
 
     Memory: neither W nor its gradient is formed; workspace is bounded by `set_workspace_mib` (64 MiB). Backward
     saves x, hidden and head. An edge that is cropped costs a padded copy of y, accumulating in fp32 one of a

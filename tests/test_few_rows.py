@@ -8,6 +8,8 @@ import torch
 import hyperkernels as hk
 from hyperkernels import at_once, form
 from hyperkernels.backends import native_cpu
+from hyperkernels.derivatives import Settings, partials
+from hyperkernels.form import canonical_form
 from hyperkernels.testing import assert_no_worse_than_eager
 
 SHAPES = [  # rows of x, N, K, chunk, m: tiles and vectors that are full and not, edges that are cropped and not
@@ -124,3 +126,15 @@ def test_what_is_wrong_is_refused_again(straight):
         call(tensors, N, order="sideways")
     with pytest.raises(TypeError, match="x"):
         call([[1.0], hidden, head, bias], N)
+
+
+@pytest.mark.parametrize("wanted", [("hidden", "y"), ("head", "x", "y"), ("y", "hidden")], ids=str)
+def test_y_among_other_partials_comes_in_its_place(wanted):
+    (x, hidden, head, _), N = problem(1, 256, 256, (4, 128), 32)
+    form = canonical_form(x, hidden, head, N)
+    factors = (torch.randn(1, 1, N), form.hidden, None, form.head, form.x)
+    ours, theirs = (
+        partials(Settings(wanted, form.call, "head_first", backend), None, *factors) for backend in ("cpu", "torch")
+    )
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)

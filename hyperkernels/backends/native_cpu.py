@@ -104,7 +104,7 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
         memory = workspace(needed)
         if isinstance(native, FewRows):
             read = [factors[name].data_ptr() for name in ("x", "hidden", "head")]
-            native.run(*read, 0, results[0].data_ptr(), call.entries * call.tokens, memory.data_ptr())
+            native.run(*read, 0, results[fills[0]].data_ptr(), call.entries * call.tokens, memory.data_ptr())
             continue
         views = views or {name: (value.data_ptr(), value.stride()) for name, value in factors.items()}
         native.run(
