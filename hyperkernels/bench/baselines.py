@@ -17,6 +17,7 @@ from hyperkernels.backends import native_cpu
 BASELINES = {
     "dense": "the dense layer: torch's own linear or convolution, its weight there",
     "dense-tuned": "a dense layer by our own tiles, its weight packed beforehand (cpu, fp32)",
+    "dense-onednn": "a dense layer by oneDNN's brgemm, its weight laid out for it beforehand (cpu, fp32)",
     "materialise": "weights formed by eager torch, then the dense layer",
     "materialise-compiled": "the same under torch.compile",
     "einsum": "torch.einsum over all three factors, on opt_einsum's path",
@@ -33,9 +34,9 @@ def missing(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     module = MODULES.get(name)
     if module is not None and find_spec(module) is None:
         return f"{module} is not installed"
-    if name == "dense-tuned":
-        if native_cpu.MISSING:
-            return native_cpu.MISSING
+    if name == "dense-tuned" and native_cpu.MISSING:
+        return native_cpu.MISSING
+    if name in ("dense-tuned", "dense-onednn"):
         if device != "cpu" or dtype != torch.float32:
             return "it is for fp32 on a CPU"
     if name == "fastkron" and dtype not in (torch.float32, torch.float64):
@@ -52,7 +53,7 @@ def add(contestants: dict[str, Any], left_out: dict[str, str], name: str, make: 
         try:
             contestants[name] = make()
             return
-        except (ImportError, RuntimeError, OSError) as error:
+        except (ImportError, AttributeError, RuntimeError, OSError) as error:
             why = str(error).strip().splitlines()[0]
     left_out[name] = why
 
@@ -66,6 +67,17 @@ def tuned_dense(x: Tensor, weight: Tensor) -> Callable[[], dict[str, Tensor]]:
         y = torch.empty(len(x), N)
         layer.run(x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads())
         return {"y": y}
+
+    return run
+
+
+def onednn_dense(x: Tensor, weight: Tensor) -> Callable[[], dict[str, Tensor]]:
+    """`F.linear(x, weight)` by the operators that torch's compiler uses for weights that stay."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
+
+    @torch.no_grad()
+    def run() -> dict[str, Tensor]:
+        return {"y": torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")}
 
     return run
 

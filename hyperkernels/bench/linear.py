@@ -79,6 +79,8 @@ def linear(
     add = partial(baselines.add, contestants, left_out)
     if not train:
         add("dense-tuned", lambda: baselines.tuned_dense(x.detach(), weight.detach()), device, dtype)
+    if more and not train:
+        add("dense-onednn", lambda: baselines.onednn_dense(x.detach(), weight.detach()), device, dtype)
     contestants["materialise"] = lambda: run(baselines.materialised, leaves)
     if more:
         compiled = torch.compile(baselines.materialised)

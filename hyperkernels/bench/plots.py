@@ -21,6 +21,7 @@ STYLES: dict[str, tuple[str, str, Any]] = {
     "materialise": ("#D55E00", "^", "-."),
     "einsum": ("#56B4E9", "v", ":"),
     "dense-tuned": ("#999999", "D", (0, (5, 2))),
+    "dense-onednn": ("#666666", "*", (0, (1, 1))),
     "materialise-compiled": ("#E69F00", "<", (0, (3, 1, 1, 1))),
     "fastkron": ("#009E73", ">", (0, (1, 2))),
     "hypnettorch": ("#E69F00", "X", (0, (4, 1, 1, 1))),

@@ -113,7 +113,9 @@ def measure(
     row["times"] = {name: Quantiles.of(times)._asdict() for name, times in seconds.items()}
     for name, call in case.contestants.items():
         row["peak_mib"][name] = peak_bytes(call, device) / 2**20
-        visible = case.contestants["dense"] if name == "dense-tuned" else call  # the same work, which torch sees
+        visible = (
+            case.contestants["dense"] if name in ("dense-tuned", "dense-onednn") else call
+        )  # the same work, which torch sees
         flops, moved, least = roofline_s(visible, ceilings)
         if flops:
             row["of_roofline"][name] = 1e3 * least / row["times"][name]["p50_ms"]
