@@ -36,9 +36,8 @@ def missing(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         return f"{module} is not installed"
     if name == "dense-tuned" and native_cpu.MISSING:
         return native_cpu.MISSING
-    if name in ("dense-tuned", "dense-onednn"):
-        if device != "cpu" or dtype != torch.float32:
-            return "it is for fp32 on a CPU"
+    if name in ("dense-tuned", "dense-onednn") and (device != "cpu" or dtype != torch.float32):
+        return "it is for fp32 on a CPU"
     if name == "fastkron" and dtype not in (torch.float32, torch.float64):
         return f"it has no {dtype}"
     if name in ("hypnettorch", "hyperlight") and device != "cpu":
