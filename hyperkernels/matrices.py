@@ -168,11 +168,54 @@ class Squares(torch.autograd.Function):
             found = iter(torch.autograd.grad(squares(*factors), wanted, d, create_graph=True))
             return tuple(next(found) if needed else None for needed in needs)
         d = 2 * d[:, None, None]
-        dhead = None
-        if needs[1]:
-            own, other = (v.transpose(0, 1) if head.dim() == 3 else v.flatten(0, 1) for v in (d * hidden, hidden))
-            dhead = own.mT @ other @ head  # of one head the sum over its chunks, of each chunk's its own
+        dhead = _over_chunks(d * hidden, hidden, head) if needs[1] else None
         return d * through if needs[0] else None, dhead
+
+
+def _over_chunks(left: Tensor, right: Tensor, head: Tensor) -> Tensor:
+    """`sum left^T right head`: of one head the sum over its chunks, of each chunk's its own."""
+    left, right = (v.transpose(0, 1) if head.dim() == 3 else v.flatten(0, 1) for v in (left, right))
+    return left.mT @ right @ head
+
+
+def apart(own: Tensor, others: Tensor, head: Tensor, other: Tensor) -> Tensor:
+    """`sum_c ||h_c P - h'_c P'||^2` of every context, `[G]`, from differences, which nearly equal weights need:
+    `h P - h' P' = (h - h') P + h' (P - P')`."""
+    return squares(torch.cat([own - others, others], -1), torch.cat([head, head - other], -2))
+
+
+class Apart(torch.autograd.Function):
+    """`apart`. With R = h P - h' P' its derivatives are `2 R P^T` and `2 h^T R`, and minus those of the other side; R
+    stays a product of two factors, `[h - h', h']` and `[P; P - P']`."""
+
+    @staticmethod
+    def forward(ctx, own, others, head, other):
+        m = own.shape[-1]
+        hidden, both = own.new_empty(*own.shape[:-1], 2 * m), head.new_empty(*head.shape[:-2], 2 * m, head.shape[-1])
+        torch.sub(own, others, out=hidden[..., :m])
+        hidden[..., m:] = others
+        both[..., :m, :] = head
+        torch.sub(head, other, out=both[..., m:, :])
+        through = mixed(hidden, both @ both.mT)
+        ctx.save_for_backward(own, others, head, other, hidden, both, through)
+        return torch.bmm(through.reshape(len(own), 1, -1), hidden.view(len(own), -1, 1)).view(-1)
+
+    @staticmethod
+    def backward(ctx, d):
+        *factors, hidden, both, through = ctx.saved_tensors
+        needs, (own, others, *_) = ctx.needs_input_grad, factors
+        if torch.is_grad_enabled():  # this is to be differentiated again
+            wanted = [factor for factor, needed in zip(factors, needs) if needed]
+            found = iter(torch.autograd.grad(apart(*factors), wanted, d, create_graph=True))
+            return tuple(next(found) if needed else None for needed in needs)
+        d = 2 * d[:, None, None]
+        near, far = through.chunk(2, -1)
+        return (
+            d * near if needs[0] else None,
+            d * (far - near) if needs[1] else None,
+            _over_chunks(d * own, hidden, both) if needs[2] else None,
+            _over_chunks(-d * others, hidden, both) if needs[3] else None,
+        )
 
 
 def inner(left: Matrix, right: Matrix) -> Tensor:
@@ -195,6 +238,6 @@ def squared_distances(couples: Iterable[tuple[Matrix, Matrix]]) -> Tensor:
     for alike in groups.values():
         lefts, rights = zip(*alike)
         own, others = torch.broadcast_tensors(*(together([part.hidden for part in side]) for side in (lefts, rights)))
-        head = torch.cat([lefts[0].head, lefts[0].head - rights[0].head], -2)
-        found.append(_squares(torch.cat([own - others, others], -1), head))
+        distance = apart if transformed() else Apart.apply
+        found.append(distance(own, others, lefts[0].head, rights[0].head))  # type: ignore[arg-type]
     return torch.stack(found).sum(0).clamp_min(0)
