@@ -169,7 +169,8 @@ def test_sums_of_squares_are_differentiable_to_any_order(form):
 
     def run(hidden, head):
         moved = hk.GeneratedWeight(hidden, head, (5, 2))
-        return algebra.squared_distance(moved, other), algebra.total_norm({"w": moved})
+        apart = algebra.squared_distance(moved, other), algebra.squared_distance(other, moved)
+        return (*apart, algebra.total_norm({"w": moved}))
 
     for needs in ((True, True), (True, False), (False, True)):
         inputs = tuple(v.clone().requires_grad_(needed) for v, needed in zip(factors, needs))

@@ -10,25 +10,40 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import hyperkernels as hk
 from hyperkernels import cli
-from hyperkernels.bench import case, linear, results
 
 pytest.importorskip("rich", reason="the command line draws its tables with rich")
 pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+from hyperkernels.bench import case, command, linear, measure, results, suites
+
 TINY = ("--quick", "--shape", "64x64", "--rounds", "2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ceilings():
+    """Measured for real in one test alone: it takes seconds."""
+    with patch.object(command, "ceilings", lambda _device: {"gflop_per_s": 100.0, "gb_per_s": 20.0}):
+        yield
+
+
+def test_the_ceilings_are_the_machines():
+    found = measure.ceilings()
+    assert found.keys() == {"gflop_per_s", "gb_per_s", "fma_gflop_per_s"}
+    assert min(found.values()) > 0
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """Results of a few tiny suites, as the command saves them."""
     path = tmp_path_factory.mktemp("bench") / "tiny.json"
-    suites = ("linear", "contexts", "conv", "train-step", "decode", "memory")
-    assert cli.main(["bench", *suites, *TINY, "--json", str(path), "--csv", str(path.with_suffix(".csv"))]) == 0
+    chosen = ("linear", "contexts", "conv", "train-step", "decode", "memory")
+    assert cli.main(["bench", *chosen, *TINY, "--json", str(path), "--csv", str(path.with_suffix(".csv"))]) == 0
     return path
 
 
@@ -36,7 +51,7 @@ def test_every_number_has_its_error_and_its_place_under_the_roof(measured):
     found = results.load(measured)
     assert found["complete"]
     assert {"gflop_per_s", "gb_per_s"} <= found["machine"]["ceilings"].keys()
-    assert {row["suite"] for row in found["rows"]} == {*cli_suites(), "conv"} - {"scaling", "models"}
+    assert {row["suite"] for row in found["rows"]} == {*suites.SUITES} - {"scaling", "models"}
     for row in found["rows"]:
         assert row["failed"] is None
         assert "hyperkernels" in row["times"]
@@ -51,12 +66,6 @@ def test_every_number_has_its_error_and_its_place_under_the_roof(measured):
     assert {line["verdict"] for line in lines} == {"right"}
 
 
-def cli_suites():
-    from hyperkernels.bench.suites import SUITES
-
-    return SUITES
-
-
 def test_a_baseline_that_is_missing_says_so(measured, monkeypatch, capsys):
     monkeypatch.setattr(linear.baselines, "missing", lambda name, *_: "nobody installed it" if name == "einsum" else "")
     path = measured.with_name("missing.json")
@@ -66,8 +75,6 @@ def test_a_baseline_that_is_missing_says_so(measured, monkeypatch, capsys):
 
 
 def test_a_case_whose_library_is_missing_has_not_failed(tmp_path, monkeypatch, capsys):
-    from hyperkernels.bench import suites
-
     def absent(*_, **__):
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
@@ -87,8 +94,6 @@ def test_a_wrong_result_is_a_failed_row_however_fast(tmp_path, monkeypatch, caps
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    from hyperkernels.bench import command
-
     def stopped(*given):
         rows = run(*given)
         yield next(rows)
@@ -174,10 +179,10 @@ def test_a_browser_finds_nothing_amiss_in_the_report(measured, tmp_path):
 
 
 def test_env_explain_and_advise_speak_to_people_and_programs(capsys):
-    for command in (["env"], ["explain", "512x512", "--tokens", "64"], ["advise", "4096x4096"]):
-        assert cli.main(command) == 0
+    for given in (["env"], ["explain", "512x512", "--tokens", "64"], ["advise", "4096x4096"]):
+        assert cli.main(given) == 0
         assert len(capsys.readouterr().out) > 200
-        assert cli.main([*command, "--json"]) == 0
+        assert cli.main([*given, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)
     assert cli.main(["explain", "512x512", "--order", "generate", "--json"]) == 0
     plans = json.loads(capsys.readouterr().out)["plans"]
@@ -227,15 +232,15 @@ def test_bad_arguments_are_one_line_that_says_what_to_do(given, wanted, capsys, 
 def test_a_damaged_file_is_named(change, wanted, measured, tmp_path, capsys):
     path = tmp_path / "damaged.json"
     path.write_text(change(measured.read_text()))
-    for command in ("plot", "report"):
-        assert cli.main([command, str(path)]) == 2
+    for reader in ("plot", "report"):
+        assert cli.main([reader, str(path)]) == 2
         assert wanted in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["bench"], ["plot"], ["report"], ["env"], ["explain"], ["advise"]], ids=str)
-def test_help_teaches_with_examples(command, capsys):
+@pytest.mark.parametrize("given", [[], ["bench"], ["plot"], ["report"], ["env"], ["explain"], ["advise"]], ids=str)
+def test_help_teaches_with_examples(given, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([*command, "--help"])
+        cli.main([*given, "--help"])
     assert stopped.value.code == 0
     told = capsys.readouterr().out
     assert "examples:" in told

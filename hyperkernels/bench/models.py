@@ -66,6 +66,21 @@ def run_linears(model: nn.Module, *lead: int, train: bool = False) -> Callable[[
     return run
 
 
+def run_attention(B: int, tokens: int, past: int, layers: int, *, train: bool = False) -> Callable[[], None]:
+    """Of every layer, its 12 heads of 64: what a block does beside its linear layers, but for norms and activations."""
+    shapes = (B, 12, tokens, 64), (B, 12, past + tokens, 64), (B, 12, past + tokens, 64)
+    q, k, v = (torch.randn(shape, requires_grad=train) for shape in shapes)
+
+    def run() -> None:
+        with torch.set_grad_enabled(train):
+            for _ in range(layers):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1)
+                if train:
+                    y.backward(y.detach())
+
+    return run
+
+
 def exact_logits(dense: Any, tokens: Tensor) -> Callable[[], dict[str, Tensor]]:
     def exact() -> dict[str, Tensor]:
         with torch.no_grad():
@@ -75,7 +90,8 @@ def exact_logits(dense: Any, tokens: Tensor) -> Callable[[], dict[str, Tensor]]:
 
 
 def decode(layers: int = LAYERS, past: int = 256) -> Case:
-    """One token of one request, some tokens after the first; beside it what of that the output head takes."""
+    """One token of one request, some tokens after the first; beside it what its parts take. What they leave is norms,
+    activations and torch's own calls."""
     dense, hyper = gpt2(layers=layers)
     tokens = torch.randint(VOCABULARY, (1, past + 1))
 
@@ -99,6 +115,8 @@ def decode(layers: int = LAYERS, past: int = 256) -> Case:
     contestants: Contestants = {
         "dense": after_prompt(dense),
         "of it the linears, dense": run_linears(dense, 1, 1),
+        "of ours the linears": run_linears(hyper, 1, 1),
+        "of both the attention": run_attention(1, 1, past, layers),
         "of both the output head": head,
         OURS: after_prompt(hyper),
     }
@@ -150,6 +168,7 @@ def step(B: int, T: int, layers: int = LAYERS) -> Case:
         "dense": lambda: train(dense),
         "of it the linears, dense": run_linears(dense, B, T, train=True),
         "of ours the linears": run_linears(hyper, B, T, train=True),
+        "of both the attention": run_attention(B, T, 0, layers, train=True),
         "of both the output head and the loss": train_head,
         OURS: lambda: train(hyper),
     }
