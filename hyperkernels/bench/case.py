@@ -50,6 +50,16 @@ class Verdict:
     right: bool
 
 
+def results_of(call: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor | None) -> dict[str, Tensor]:
+    """y of (x, hidden, head) or (x, weight), and where dy is given the gradients by each."""
+    with torch.set_grad_enabled(dy is not None):
+        y = call(*leaves)
+    if dy is None:
+        return {"y": y}
+    names = ("dx", "dhidden", "dhead") if len(leaves) == 3 else ("dx", "dweight")
+    return {"y": y, **dict(zip(names, torch.autograd.grad(y, leaves, dy)))}
+
+
 def judge(case: Case) -> dict[str, Verdict]:
     """Of each contestant that returns results, its errors against fp64."""
     if case.exact is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hyperkernels as hk
 from hyperkernels.bench import baselines
-from hyperkernels.bench.case import OURS, Case, Contestants
+from hyperkernels.bench.case import OURS, Case, Contestants, results_of
 from hyperkernels.bench.linear import Ours
 from hyperkernels.testing import assert_no_worse_than_eager
 from hyperkernels.weight import form
@@ -54,13 +54,7 @@ def convolution(
         return baselines.grouped_conv(x, weight, padding=1) if per_image else F.conv2d(x, weight, padding=1)
 
     def run(call: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor = dy) -> dict[str, Tensor]:
-        """y, and with `train` the gradients."""
-        with torch.set_grad_enabled(train):
-            y = call(*leaves)
-        if not train:
-            return {"y": y}
-        names = ("dx", "dhidden", "dhead") if len(leaves) == 3 else ("dx", "dweight")
-        return {"y": y, **dict(zip(names, torch.autograd.grad(y, leaves, dy)))}
+        return results_of(call, leaves, dy if train else None)
 
     formed = "grouped-conv" if per_image else "materialise"
     contestants: Contestants = {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import hyperkernels as hk
 from hyperkernels.backends import triton_fused
 from hyperkernels.bench import baselines
-from hyperkernels.bench.case import OURS, Case, Contestants
+from hyperkernels.bench.case import OURS, Case, Contestants, results_of
 from hyperkernels.form import canonical_form
 from hyperkernels.testing import peak_bytes
 
@@ -66,13 +66,7 @@ def linear(
     weight = hk.generate_weight(hidden, head, shape).detach().requires_grad_()
 
     def run(call: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor = dy) -> dict[str, Tensor]:
-        """y, and with `train` the gradients."""
-        with torch.set_grad_enabled(train):
-            y = call(*leaves)
-        if not train:
-            return {"y": y}
-        names = ("dx", "dhidden", "dhead") if len(leaves) == 3 else ("dx", "dweight")
-        return {"y": y, **dict(zip(names, torch.autograd.grad(y, leaves, dy)))}
+        return results_of(call, leaves, dy if train else None)
 
     contestants: Contestants = {"dense": lambda: run(F.linear, [x, weight])}
     left_out: dict[str, str] = {}
