@@ -91,6 +91,8 @@ def advise(
     if len(shape) != 2:
         raise ValueError(f"shape: got {tuple(shape)}, wanted (N, K)")
     N, K = shape
+    if device not in MACHINES:
+        raise ValueError(f"device: got {device!r}, wanted one of {', '.join(MACHINES)}")
     check_sizes(N=N, K=K, contexts=contexts, tokens=tokens, budget=budget)
     weights = N * K * contexts
     found = _proposals(N, K, contexts, tokens, device)

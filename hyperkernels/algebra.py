@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hyperkernels import matrices
 from hyperkernels.chunking import Grid
+from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight
 from hyperkernels.functional import hyper_linear
 from hyperkernels.matrices import Matrix
@@ -53,6 +54,7 @@ def gram(a: AbsentWeight, b: AbsentWeight | None = None) -> Tensor:
         >>> hk.algebra.gram(weight).shape
         torch.Size([5, 5])
     """
+    a, b = made(a), made(b)
     left, right = _matrices(a, a if b is None else b)
     return torch.stack([u @ v.T for u, v in matrices.pairs(left, right)]).sum(0)
 
@@ -68,6 +70,7 @@ def inner(a: AbsentWeight, b: AbsentWeight) -> Tensor:
         >>> hk.algebra.inner(weight, weight)
         tensor(56.)
     """
+    a, b = made(a), made(b)
     left, right = _matrices(a, b)
     found = matrices.inner(left, right)
     return found if max(a.contexts, b.contexts) > 1 else found[0]
@@ -75,12 +78,13 @@ def inner(a: AbsentWeight, b: AbsentWeight) -> Tensor:
 
 def norm(a: AbsentWeight) -> Tensor:
     """`||W_g||`, the Frobenius norm: `[G]`, or a number. Its square, summed, is weight decay on what is generated."""
+    a = made(a)
     return _root(inner(a, a))
 
 
 def chunk_norms(a: AbsentWeight) -> Tensor:
     """`||W_g[i, j]||` of every chunk, `[G, I, J]`: `sqrt(h^T (P P^T) h)`, cropped edges left out exactly."""
-    matrix = Matrix.of(a, "a")
+    matrix = Matrix.of(made(a), "a")
     grid = matrix.cut
     if not isinstance(grid, Grid):
         raise ValueError(f"a: got {grid}, wanted chunks that are blocks of the weight")
@@ -101,6 +105,7 @@ def squared_distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     Of equal widths the difference is `sum_k (h_k - h'_k) (x) p_k + h'_k (x) (p_k - p'_k)`, a generated weight as well:
     weights that nearly agree lose no digits to each other. Arguments and errors as for `inner`.
     """
+    a, b = made(a), made(b)
     left, right = _matrices(a, b)
     found = matrices.squared_distances([(left, right)])
     return found if max(a.contexts, b.contexts) > 1 else found[0]
@@ -113,6 +118,7 @@ def distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
 
 def cosine(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`<W_g, W'_g> / (||W_g|| ||W'_g||)`, context by context: `[G]`, or a number. As `inner`."""
+    a, b = made(a), made(b)
     return inner(a, b) / (norm(a) * norm(b)).clamp_min(torch.finfo(a.dtype).tiny)
 
 
@@ -133,6 +139,7 @@ def spectral_norm(a: AbsentWeight, iterations: int = 20) -> Tensor:
     """
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations: got {iterations!r}, wanted a positive integer")
+    a = made(a)
     along, back, K = _products(a)
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(K, generator=generator, dtype=torch.float64).to(a.head).expand(a.contexts, 1, K)
@@ -191,7 +198,8 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
     """
     if weights.keys() != earlier.keys():
         raise ValueError(f"earlier: got {sorted(earlier)}, wanted {sorted(weights)}")
-    return matrices.squared_distances([_matrices(weights[name], earlier[name]) for name in weights]).mean()
+    couples = [_matrices(made(weights[name]), made(earlier[name])) for name in weights]
+    return matrices.squared_distances(couples).mean()
 
 
 def weight_decay(weights: Mapping[str, AbsentWeight]) -> Tensor:
@@ -227,5 +235,6 @@ def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWe
 
 def total_norm(weights: Mapping[str, AbsentWeight]) -> Tensor:
     """`sqrt(sum_l ||W_l||^2)` over all that a hypernetwork generates: `[G]`, or a number."""
+    weights = {name: made(weight) for name, weight in weights.items()}
     found = _root(matrices.sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()]))
     return found if any(weight.contexts > 1 for weight in weights.values()) else found[0]

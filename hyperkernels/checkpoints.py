@@ -18,6 +18,7 @@ def read_hypnettorch(
     targets: Mapping[str, Sequence[int]] | Sequence[Sequence[int]],
     *,
     activation: str = "relu",
+    cond_in_size: int | None = None,
 ) -> HyperNet:
     """The `HyperNet` that generates what a hypnettorch `HMLP` or `ChunkedHMLP` of this `state_dict` does.
 
@@ -25,6 +26,8 @@ def read_hypnettorch(
         state: the `state_dict`, as `torch.load(path, weights_only=True)` gives it.
         targets: the `target_shapes` that it was built with, in their order: a list, or `{name: shape}`.
         activation: of its hidden layers, one of `AdditiveHidden`'s.
+        cond_in_size: what it was built with, where it is chunked and has no embeddings of tasks: its first layer reads
+            `[uncond, chunk embedding, cond]`, and its state does not tell where the chunk embedding lies.
 
     Returns:
         A `HyperNet` of one flat vector. Call it with task numbers where the network has embeddings of tasks
@@ -55,10 +58,19 @@ def read_hypnettorch(
     size, m = weights[-1].shape
     numbers = sum(prod(shape) for shape in shapes.values())
     chunks = rest[0] if chunked else weights[0].new_zeros(1, 1)
-    if -(-numbers // size) != len(chunks):
-        least = (len(chunks) - 1) * size + 1
+    if len(inner) != len(embeddings) + len(weights) + len(biases) + chunked:
+        raise ValueError(f"state: got {len(inner)} tensors _internal_params, one for each tensor was wanted")
+    _check_twins(state, chunked)
+    if -(-numbers // size) != len(chunks) or (numbers != size and not chunked):
+        least = (len(chunks) - 1) * size + 1 if chunked else size
         raise ValueError(f"targets: got {numbers} weights, wanted {least} to {len(chunks) * size}")
     cond, chunk_features = (embeddings[0].shape[0] if embeddings else 0), chunks.shape[1] if chunked else 0
+    if chunked and not embeddings:
+        if cond_in_size is None and weights[0].shape[1] > chunk_features:
+            raise ValueError("cond_in_size: got None, wanted what the network was built with: its state does not tell")
+        cond = cond_in_size or 0
+    elif cond_in_size not in (None, cond):
+        raise ValueError(f"cond_in_size: got {cond_in_size}, wanted {cond}, as the state's embeddings tell")
     uncond = weights[0].shape[1] - cond - chunk_features
     if uncond < 0 or uncond + cond == 0:
         raise ValueError(f"state: got a first layer of {list(weights[0].shape)}, too narrow for its embeddings")
@@ -103,6 +115,17 @@ def read_hypnettorch(
         loaded["encoder.weight"] = torch.stack(embeddings)
     net.load_state_dict(loaded)
     return net
+
+
+def _check_twins(state: Mapping[str, Tensor], chunked: bool) -> None:
+    """A chunked network has the tensors of its layers twice, by their own names and its inner network's."""
+    own = {key for key in state if key.startswith("_layer_")}
+    twins = {key.removeprefix("_hnet.") for key in state if key.startswith("_hnet._layer_")}
+    for key in sorted(own ^ twins) if chunked else ():
+        raise ValueError(f"state: got {key} without its twin _hnet.{key}, or the other way round")
+    for key in sorted(own & twins):
+        if state[key].shape != state[f"_hnet.{key}"].shape:
+            raise ValueError(f"state: got {key} of shape {list(state[key].shape)}, and another of _hnet.{key}")
 
 
 def _numbered(state: Mapping[str, Tensor], name: str) -> list[str]:

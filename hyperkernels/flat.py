@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hyperkernels.chunking import ceil_div
 from hyperkernels.hidden import AdditiveHidden
+from hyperkernels.operators import check_context_ids
 from hyperkernels.planner import workspace_bytes
+from hyperkernels.watched import transformed
 from hyperkernels.weight import FORM, FUNCTIONS, AbsentWeight, absent, formed_of, shape_of
 
 
@@ -132,6 +134,8 @@ def _by_rows(weight: FlatWeight, apply: Callable[[Tensor], Tensor], dim: int) ->
 def _entries(weight: FlatWeight, x: Tensor, bias: Tensor | None) -> tuple[FlatWeight, Tensor | None]:
     """Weight and bias with a context for each entry of x, or one for all."""
     ids, hidden, bias = weight.settings["context_ids"], weight.hidden, formed_of(bias)
+    if ids is not None and not transformed():
+        check_context_ids(ids, weight.contexts)
     if ids is not None and weight.contexts > 1:
         if isinstance(hidden, AdditiveHidden):
             hidden = AdditiveHidden(hidden.context[ids], hidden.chunks, hidden.activation)
@@ -163,6 +167,8 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
             return NotImplemented
         if (given[3] if len(given) > 3 else named.get("groups", 1)) > 1:
             return NotImplemented
+        if input.dim() == len(shape_of(weight)) - 1:  # one image, and no batch
+            return run(input[None], weight, bias, *given, **named)[0]
         weight, bias = _entries(weight, input, bias)
 
         def apply(rows: Tensor) -> Tensor:

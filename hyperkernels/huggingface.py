@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hyperkernels.hyper_config import HyperConfig
 from hyperkernels.nn.layer import HyperLayer
+from hyperkernels.nn.residual import HyperResidual
 from hyperkernels.swap import hyper_layers, hyperize_
 from hyperkernels.weight import AbsentWeight
 
@@ -86,6 +87,9 @@ class HyperLayersQuantizer(HfQuantizer):
             ]
             if absent:
                 raise ValueError(f"the file has no {', '.join(absent)}, which config.json wants for a hyper layer")
+        for module in model.modules():
+            if isinstance(module, HyperResidual):
+                module.base.requires_grad_(False)  # loading made parameters anew
         remember(model)
 
     def is_serializable(self) -> bool:

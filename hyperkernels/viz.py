@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperkernels import algebra
 from hyperkernels.chunking import ceil_div
+from hyperkernels.deferred import made
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.weight import GeneratedWeight, form
 
@@ -45,6 +46,7 @@ def filters(weight: GeneratedWeight, count: int = 64, context: int = 0, axis: An
         TypeError, ValueError: weight is no generated 2-d kernel, count not positive, or context none of its.
         ImportError: there is no matplotlib.
     """
+    weight = made(weight)
     if not isinstance(weight, GeneratedWeight) or weight.dim() != 4:
         got = list(weight.shape) if isinstance(weight, GeneratedWeight) else type(weight).__name__
         raise TypeError(f"weight: got {got}, wanted a generated weight [out, in, H, W]")

@@ -41,8 +41,8 @@ class AbsentWeight(Tensor):
                 if found is not NotImplemented:
                     return found
         if function not in AS_IT_IS:
-            name = _name(function)
-            _check_in_place(name)
+            name = name_of(function)
+            check_in_place(name)
             args, kwargs = pytree.tree_map_only(AbsentWeight, lambda weight: _formed_for(name, weight), (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
@@ -112,39 +112,12 @@ class GeneratedWeight(AbsentWeight):
         return weight
 
 
-class DeferredWeight(AbsentWeight):
-    """A weight that `made()` gives to whoever computes with it, and until then its shape, dtype and device.
-
-    `learns`: a tensor that learns if it does.
-    """
-
-    made: Callable[[], Tensor]
-
-    @staticmethod
-    def __new__(cls, learns: Tensor, shape: Sequence[int], made: Callable[[], Tensor]) -> DeferredWeight:
-        weight = absent(cls, learns, tuple(shape))
-        weight.hidden = weight.head = learns
-        weight.scale, weight.contexts, weight.settings, weight.made = 1.0, 1, {"head_bias": None}, made
-        return weight
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"{type(self).__name__}(shape={list(shape_of(self))})"
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in AS_IT_IS or function in TOLD:
-            return super().__torch_function__(function, types, args, kwargs)
-        _check_in_place(_name(function))
-        args, kwargs = pytree.tree_map_only(DeferredWeight, lambda weight: weight.made(), (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-
-def _check_in_place(name: str) -> None:
+def check_in_place(name: str) -> None:
     if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE:
         raise RuntimeError(f"{name}: a generated weight cannot be changed in place; change what generates it")
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
     """A property's getter is called by the property."""
     owner = getattr(function, "__self__", None)
     return getattr(owner if function.__name__ == "__get__" else function, "__name__", str(function))
@@ -193,11 +166,18 @@ def formed_of(value: Any) -> Any:
     return form(value) if isinstance(value, AbsentWeight) else value
 
 
+def _check_features(input: Tensor, dim: int, wanted: int) -> None:
+    """Of the last chunk's columns some may be cropped: what is as wide as the chunks need not fit the weight."""
+    if input.dim() >= -dim and input.shape[dim] != wanted:
+        raise ValueError(f"input: got shape {list(input.shape)}, wanted {wanted} features in dimension {dim}")
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if isinstance(input, AbsentWeight) or not isinstance(weight, GeneratedWeight):
         return NotImplemented
     head, settings = _scaled(weight)
-    N = shape_of(weight)[0]
+    N, K = _matrix(shape_of(weight))
+    _check_features(input, -1, K)
     return hyper_linear(input, weight.hidden, head, out_features=N, bias=formed_of(bias), **settings)
 
 
@@ -210,7 +190,9 @@ def _convolution(function: Callable[..., Tensor], names: str) -> Callable[..., A
         head, settings = _scaled(weight)
         settings = settings | dict(zip(names.split(), given)) | named
         N, K = shape_of(weight)[:2]
-        channels = K * settings.get("groups", 1) if function is hyper_conv_transpose2d else N
+        groups = settings.get("groups", 1)
+        wanted, channels = (N, K * groups) if function is hyper_conv_transpose2d else (K * groups, N)
+        _check_features(input, 1 - len(shape_of(weight)), wanted)
         return function(input, weight.hidden, head, out_channels=channels, bias=formed_of(bias), **settings)
 
     return run
@@ -311,8 +293,7 @@ AS_IT_IS = {
     torch.is_floating_point,
     torch.numel,
 }
-FUNCTIONS: dict[type, dict[Any, Callable[..., Any]]] = {GeneratedWeight: GENERATED, DeferredWeight: {}}
+FUNCTIONS: dict[type, dict[Any, Callable[..., Any]]] = {GeneratedWeight: GENERATED}
 FORM: dict[type, Callable[[Any], Tensor]] = {
     GeneratedWeight: _form,
-    DeferredWeight: lambda weight: formed_of(weight.made()),
 }

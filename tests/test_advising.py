@@ -49,3 +49,8 @@ def test_it_says_when_a_plain_layer_does_better():
 def test_what_cannot_be_advised_is_refused(given, match):
     with pytest.raises(ValueError, match=match):
         advise(**given)
+
+
+def test_a_device_that_is_not_priced_is_refused():
+    with pytest.raises(ValueError, match="device: got 'mps', wanted one of cpu, cuda"):
+        advise((64, 64), device="mps")

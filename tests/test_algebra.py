@@ -242,3 +242,24 @@ def test_no_weight_is_formed():
 def test_what_does_not_fit_is_refused(run, error, match):
     with pytest.raises(error, match=match):
         run(make((11, 13), "contexts"), make((11, 13), "contexts"))
+
+
+@pytest.mark.parametrize("context_features", [None, 3])
+def test_the_weight_of_a_layer_is_told_of_as_it_is_made(context_features):
+    linear = hk.HyperLinear(24, 12, chunk=(4, 4), width=5, context_features=context_features, dtype=torch.float64)
+    conv = hk.HyperConv2d(8, 12, 3, chunk=(4, 4), width=5, context_features=context_features, dtype=torch.float64)
+    with hk.context(torch.randn(4, 3, dtype=torch.float64)):
+        for layer in (linear, conv):
+            w = flat(layer.weight.made())
+            norms = w.norm(dim=1) if context_features else w.norm()
+            torch.testing.assert_close(algebra.norm(layer.weight), norms)
+            torch.testing.assert_close(algebra.gram(layer.weight), w @ w.T)
+            torch.testing.assert_close(algebra.distance(layer.weight, layer.weight), norms * 0, atol=1e-6, rtol=0)
+            torch.testing.assert_close(algebra.chunk_norms(layer.weight).square().sum((1, 2)), w.square().sum(1))
+            torch.testing.assert_close(algebra.total_norm({"w": layer.weight}), norms)
+            found = algebra.output_regularizer({"w": layer.weight}, {"w": layer.weight})
+            torch.testing.assert_close(found, found * 0, atol=1e-9, rtol=0)
+            matrices = w.view(len(w), 12, -1)
+            wanted = torch.linalg.matrix_norm(matrices, 2)
+            got = algebra.spectral_norm(layer.weight, 600)
+            torch.testing.assert_close(got, wanted if context_features else wanted[0])

@@ -55,6 +55,24 @@ def test_the_same_weights_and_applied(name, tmp_path):
         torch.testing.assert_close(y, hidden @ layers[2].mT + layers[3][:, None], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("uncond_in_size", [0, 3])
+def test_inputs_around_the_chunk_embedding(uncond_in_size):
+    """Where no embeddings of tasks tell, the state does not say which columns are the chunk's."""
+    settings = {"cond_in_size": 8, "num_cond_embs": 0, "uncond_in_size": uncond_in_size}
+    theirs = hnets.ChunkedHMLP(SHAPES, 42, **settings, **COMMON)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    with pytest.raises(ValueError, match="cond_in_size: got None"):
+        read_hypnettorch(theirs.state_dict(), SHAPES)
+    net = read_hypnettorch(theirs.state_dict(), SHAPES, cond_in_size=8)
+    uncond, cond = torch.randn(3, uncond_in_size), torch.randn(3, 8)
+    given = {"uncond_input": uncond} if uncond_in_size else {}
+    with torch.no_grad():
+        wanted = theirs.forward(cond_input=cond, **given)
+        for weight, of_all in zip(net(torch.cat([uncond, cond], 1)).values(), zip(*wanted)):
+            torch.testing.assert_close(form(weight), torch.stack(of_all), rtol=1e-6, atol=1e-6)
+
+
 def test_what_is_missing_or_extra_is_refused():
     theirs, _ = make("ChunkedHMLP, tasks")
     state = dict(theirs.state_dict())
@@ -68,3 +86,14 @@ def test_what_is_missing_or_extra_is_refused():
     of_tasks = hnets.ChunkedHMLP(SHAPES, 42, cond_chunk_embs=True, cond_in_size=8, num_cond_embs=3, **COMMON)
     with pytest.raises(ValueError, match="internal tensor"):
         read_hypnettorch(of_tasks.state_dict(), SHAPES)
+    for key in ("_hnet._layer_weight_tensors.1", f"_internal_params.{len(list(theirs.internal_params)) - 1}"):
+        with pytest.raises(ValueError, match=r"state: got"):
+            read_hypnettorch({name: value for name, value in state.items() if name != key}, SHAPES)
+    with pytest.raises(ValueError, match=r"state: got _layer_weight_tensors.1 of shape"):
+        read_hypnettorch(state | {"_hnet._layer_weight_tensors.1": torch.ones(2, 2)}, SHAPES)
+    with pytest.raises(ValueError, match="cond_in_size: got 5, wanted 8"):
+        read_hypnettorch(state, SHAPES, cond_in_size=5)
+    whole, _ = make("HMLP, tasks")
+    for fewer in (SHAPES[:2], [[3, 3]]):
+        with pytest.raises(ValueError, match="targets: got"):
+            read_hypnettorch(whole.state_dict(), fewer)

@@ -110,3 +110,18 @@ def test_parts_that_do_not_fit_are_refused(arguments, match):
         F.linear(torch.randn(3, 4), weight)
     with pytest.raises(RuntimeError, match="2 contexts"):
         weight.sum()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_image_without_a_batch(bias, monkeypatch):
+    weight = hk.FlatWeight(torch.randn(11, 3), torch.randn(3, 5), (4, 3, 2, 2), 5)
+    b = torch.randn(4) if bias else None
+    for size in (5, 6):
+        x = torch.randn(3, size, size)
+        torch.testing.assert_close(F.conv2d(x, weight, b), F.conv2d(x, form(weight), b))
+
+
+def test_ids_out_of_range_are_refused():
+    weight = hk.FlatWeight(torch.randn(2, 10, 3), torch.randn(3, 5), (4, 6), context_ids=torch.tensor([1, -1, 0]))
+    with pytest.raises(ValueError, match="context_ids: got values from -1 to 1"):
+        F.linear(torch.randn(3, 6), weight)

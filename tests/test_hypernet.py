@@ -363,3 +363,11 @@ def test_a_model_that_does_not_fit_is_refused_and_left_as_it_was():
         hyper.to_dense(torch.randn(2, 3))
     with pytest.raises(ValueError, match="context"):
         hk.HyperNet({"weight": (8, 6)})(torch.randn(2, 3))
+
+
+def test_what_fan_out_starts_at_zero_can_learn():
+    net = hk.HyperNet({"fc.weight": (4, 16), "fc.bias": (4,)}, init="fan_out", width=4, chunk=(4, 4))
+    bias = form(net()["fc.bias"])
+    assert 0 < bias.abs().max() < 0.1
+    bias.sum().backward()
+    assert net.heads[net.head_of["fc.bias"]].grad.abs().max() > 0

@@ -316,3 +316,16 @@ def test_settings_that_do_not_go_together(keywords, match):
         hk.HyperConfig(**keywords)
     with pytest.raises(ValueError, match="change: got"):
         hk.nn.HyperResidual(nn.Linear(4, 4), [hk.HyperLinear(4, 4)])
+
+
+def test_a_layer_swapped_without_its_bias_merges_to_one_of_zeros():
+    """transformers' Conv1D always has a bias, and its memory is anything at first."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(conv1d(8, 16), nn.Linear(8, 4))
+    hk.hyperize_(model, hk.HyperConfig(bias=False, width=4))
+    x = torch.randn(3, 16)
+    y = model(x)
+    hk.merge_(model)
+    assert torch.equal(model[0].bias, torch.zeros(8))
+    assert model[1].bias is None
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)

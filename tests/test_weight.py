@@ -182,3 +182,17 @@ def test_a_large_weight_is_never_there():
 def test_parts_that_do_not_fit_are_refused(shape, head, match):
     with pytest.raises(ValueError, match=match):
         GeneratedWeight(torch.randn(2, 3, 6), torch.randn(head), shape)
+
+
+@pytest.mark.parametrize("size", [17, 19, 21, 24])
+def test_an_input_as_wide_as_the_chunks_but_not_as_the_weight_is_refused(size):
+    weight = hk.GeneratedWeight(torch.randn(8, 4, 6), torch.randn(6, 4, 6), (30, 20))
+    kernel = hk.GeneratedWeight(torch.randn(2, 4, 6), torch.randn(6, 4, 6, 3, 3), (6, 20, 3, 3))
+    for run in (
+        lambda: F.linear(torch.randn(3, size), weight),
+        lambda: torch.randn(3, size) @ weight.T,
+        lambda: weight @ torch.randn(size, 3),
+        lambda: F.conv2d(torch.randn(1, size, 5, 5), kernel),
+    ):
+        with pytest.raises(ValueError, match=r"input: got shape .* wanted 20 features"):
+            run()

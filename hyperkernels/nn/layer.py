@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hyperkernels.chunking import Grid
+from hyperkernels.deferred import DeferredWeight
 from hyperkernels.fitting import fit
 from hyperkernels.form import autocast_enabled
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import find_context
 from hyperkernels.nn.trunk import FreeTrunk, Trunk, check_sizes
-from hyperkernels.weight import DeferredWeight, GeneratedWeight
+from hyperkernels.weight import GeneratedWeight
 
 Hidden = Tensor | AdditiveHidden
 
@@ -208,6 +209,8 @@ class HyperLayer(nn.Module):
         weight_of(dense).copy_(weight.view(shape))
         if bias is not None:
             dense.bias.copy_(bias)
+        elif dense.bias is not None:  # transformers' Conv1D always has one
+            dense.bias.zero_()
         return dense.train(self.training)
 
     def _dense(self, bias: bool, **factory: Any) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperkernels.deferred import DeferredWeight
 from hyperkernels.nn.ambient import context as ambient_context
 from hyperkernels.nn.layer import HyperLayer, weight_of
-from hyperkernels.weight import DeferredWeight, form
+from hyperkernels.weight import form
 
 
 class HyperResidual(nn.Module):

@@ -15,6 +15,7 @@ from hyperkernels.planner import default_chunk
 STRATEGIES = ("chunk", "once", "multi_head", "component")
 COMPONENTS = ("row", "column", "layer")
 Chunk = tuple[int, int] | int | None
+LEAST_VARIANCE = 1e-4  # of what is to start at zero: a scale of zero would keep it there
 
 
 class Target(NamedTuple):
@@ -104,7 +105,8 @@ def start_scales(shapes: Mapping[str, tuple[tuple[int, ...], int]], init: str, n
     """The standard deviation that each target is to have at the start, by Chang et al. 2020.
 
     With c = 2 for relu and 1 otherwise, a weight varies by `c / (k d_in)`, where k is 2 if the bias of its layer is
-    generated too and 1 else, and that bias by `c / 2`; or, by fan_out, `c / d_out` and `max(0, c (1 - d_in / d_out))`.
+    generated too and 1 else, and that bias by `c / 2`; or, by fan_out, `c / d_out` and
+    `max(0, c (1 - d_in / d_out))`, but `LEAST_VARIANCE` for that 0: what is scaled by nothing cannot learn.
     """
     c = 2.0 if nonlinearity == "relu" else 1.0
     scales = {}
@@ -112,7 +114,7 @@ def start_scales(shapes: Mapping[str, tuple[tuple[int, ...], int]], init: str, n
         layer = name.removesuffix("bias") if len(shape) == 1 else name.removesuffix("weight")
         d_out, d_in = _fans(shapes.get(f"{layer}weight", (shape, 1))[0])
         if len(shape) == 1:
-            variance = c / 2 if init == "fan_in" else max(0.0, c * (1 - d_in / d_out))
+            variance = c / 2 if init == "fan_in" else max(LEAST_VARIANCE, c * (1 - d_in / d_out))
         elif init == "fan_in":
             variance = c / ((1 + (f"{layer}bias" in shapes)) * d_in)
         else:
