@@ -29,7 +29,7 @@ sanitize: $(VENV)/installed  ## the native engine under AddressSanitizer and UBS
 	HYPERKERNELS_CXXFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=$(SANITIZED) \
 	  $(BIN)/pytest -q -n 2 tests/test_native_cpu.py tests/test_few_rows.py -m "not slow" \
 	  -k "instruction_set or drawn or threads or activations or share or nothing or second_call"
 
@@ -63,6 +63,7 @@ readme: $(VENV)/installed  ## write the saved results into the README's tables
 
 sass: $(VENV)/installed  ## the Triton kernels compiled for four chips: registers, spills, rooflines; no GPU
 	for chip in sm_80 sm_90 sm_100 gfx942; do echo "$$chip"; $(BIN)/python benchmarks/compiled.py --chip $$chip || exit 1; done
+	ALL_CHIPS=1 $(BIN)/python -m pytest -q -n 2 tests/test_compiled.py
 
 gpu:  ## on a CUDA device, with the machine's own python3 and torch: tests, then benchmarks
 	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; set PYTHON=..." >&2; exit 2; }
