@@ -31,6 +31,7 @@ from hyperkernels.backends import plan_call, triton_fused
 from hyperkernels.bench.case import Case, assert_right
 from hyperkernels.bench.linear import linear, many_contexts
 from hyperkernels.bench.measure import Quantiles, ceilings, graphed, machine, timed
+from hyperkernels.bench.results import save
 from hyperkernels.bench.roofline import roofline
 from hyperkernels.call import SLOTS, Call
 from hyperkernels.chunking import Grid
@@ -201,12 +202,6 @@ def source() -> dict[str, str]:
         commit = "not under version control"
     triton = import_module("triton").__version__ if find_spec("triton") else "not installed"
     return {"commit": commit, "triton": triton}
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1))
-    part.replace(path)
 
 
 def main() -> int:

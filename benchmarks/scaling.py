@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 import hyperkernels as hk
+from hyperkernels.bench.growth import free_bytes
 from hyperkernels.bench.measure import machine
+from hyperkernels.bench.results import save
 from hyperkernels.testing import peak_bytes
 
 RESULTS = Path(__file__).with_name("results") / "scaling.json"
@@ -55,11 +57,6 @@ def measure(weights: float, how: str) -> dict[str, Any]:
         "seconds": sorted(seconds)[len(seconds) // 2],
         "peak_mib": peak_bytes(step) / 2**20,
     }
-
-
-def free_bytes() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
 
 
 def in_its_own_process(weights: float, how: str) -> dict[str, Any]:
@@ -131,9 +128,7 @@ def main() -> int:
         for how in HOW:
             point = in_its_own_process(weights, how)
             results["points"].append(point)
-            part = arguments.output.with_suffix(".part")
-            part.write_text(json.dumps(results, indent=1) + "\n")
-            part.replace(arguments.output)
+            save(arguments.output, results)
             told = point.get("failed") or f"{point['seconds']:9.4f} s {point['peak_mib']:10.1f} MiB"
             print(f"{point['weights']:>15,} weights  {how:15} {told}", flush=True)
     picture = arguments.output.with_suffix(".png")

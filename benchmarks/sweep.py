@@ -22,6 +22,7 @@ from rich.progress import track
 import hyperkernels as hk
 from hyperkernels.backends import plan_call
 from hyperkernels.bench.measure import machine, timed
+from hyperkernels.bench.results import write
 from hyperkernels.call import ORDERS
 from hyperkernels.form import canonical_form
 
@@ -100,9 +101,7 @@ def main() -> int:
         for shape in track(shapes(arguments.shapes), "shapes"):
             results["shapes"].append(measure(shape, arguments.rounds))
             if time.monotonic() - saved > 5 or len(results["shapes"]) == arguments.shapes:
-                part = arguments.output.with_suffix(".part")
-                part.write_text(json.dumps(results, indent=0))
-                part.replace(arguments.output)
+                write(arguments.output, json.dumps(results, indent=0))
                 saved = time.monotonic()
     rows = results["shapes"]
     for row in sorted(rows, key=lambda row: -row["of_best"]):

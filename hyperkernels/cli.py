@@ -267,6 +267,7 @@ def parser() -> argparse.ArgumentParser:
 def main(given: Sequence[str] | None = None) -> int:
     whole = parser()
     arguments = whole.parse_args(given)
+    arguments.given = list(sys.argv[1:] if given is None else given)
     try:
         return arguments.run(arguments)
     except (UsageError, ValueError) as error:

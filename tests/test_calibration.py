@@ -8,6 +8,9 @@ import warnings
 import pytest
 
 from hyperkernels import calibration
+from hyperkernels.backends import plan_call
+from hyperkernels.call import ORDERS, Call
+from hyperkernels.chunking import Grid
 
 pytest.importorskip("rich", reason="calibrating shows its progress with rich")
 from hyperkernels.bench import calibrate
@@ -39,6 +42,17 @@ def test_the_fit_finds_the_constants_that_made_the_points():
     points = [p._replace(measured_us=calibrate.expected_us(p, true)) for p in points]
     found = calibrate.fitted(points, before)
     assert found == pytest.approx(true, rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_fitted_is_what_the_planner_expects(order, rows, backend):
+    call = Call(Grid(250, 256, 8, 64), 16, 1, 1, rows)
+    (step,) = plan_call(call, ("y",), order, backend)[1].steps
+    features = calibrate._native_features if backend == "cpu" else calibrate._torch_features
+    point = calibrate.Point(backend, 1.0, features(call, step))
+    assert calibrate.expected_us(point, calibration.constants()) == pytest.approx(step.time_us)
 
 
 def test_what_is_kept_is_applied_on_its_machine_alone(kept):

@@ -138,6 +138,22 @@ def test_a_file_that_cannot_be_finished_leaves_the_good_one(measured, tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ["good.json"]
 
 
+def test_a_run_that_measures_nothing_leaves_the_file_of_the_one_before(measured, tmp_path, monkeypatch):
+    path = tmp_path / "before.json"
+    shutil.copy(measured, path)
+
+    def stopped(_device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "ceilings", stopped)
+    assert cli.main(["bench", "decode", *TINY, "--json", str(path), "--base", str(path)]) == 1
+    assert path.read_text() == measured.read_text()
+
+
+def test_the_command_is_saved_as_it_was_given(measured):
+    assert results.load(measured)["command"].startswith("hyperkernels bench linear contexts")
+
+
 def test_plots_are_drawn_without_a_display(measured, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("DISPLAY", raising=False)
     assert cli.main(["plot", str(measured), "--output", str(tmp_path)]) == 0

@@ -30,13 +30,14 @@ void multiply(const Kernels& kernels, int64_t depth, Numbers rows, int64_t row_c
 FewRows::FewRows(const Shape& shape, int threads, const InstructionSet& set)
     : shape_(shape), threads_(threads), kernels_(shape.storage == Storage::f64 ? *set.f64 : *set.f32) {}
 
-// In multiplications of a vector, which load more than those of a step's tiles: each product's, and what it takes to sum
-// a vector's numbers and store one.
+// In multiplications of a vector, which load more than those of a step's tiles: each product's, and what it takes to
+// sum a vector's numbers and store one.
 double FewRows::work(int64_t rows) const {
     constexpr double load = 1.1, per_sum = 4;
     auto& n = shape_.extent;
     double formed = double(rows) * intermediate(), consumed = double(rows) * n[I] * n[R];
-    return formed * (load * n[Q] / kernels_.lanes + per_sum) + consumed * (load * n[J] * n[K] / kernels_.lanes + per_sum);
+    auto vectors = [&](int64_t depth) { return load * depth / kernels_.lanes + per_sum; };
+    return formed * vectors(n[Q]) + consumed * vectors(n[J] * n[K]);
 }
 
 void FewRows::run(const char* x, const char* hidden, const char* head, const char* bias, char* y, int64_t rows,
@@ -54,7 +55,8 @@ void FewRows::run(const char* x, const char* hidden, const char* head, const cha
                     char* out = workspace + ((b * n[R] + r) * depth + from) * bytes;
                     int64_t whole = shape_.in_features / n[Q], rest = shape_.in_features % n[Q];
                     multiply(kernels_, n[Q], lines, some, chunks, whole, out, apart);
-                    if (rest) multiply(kernels_, rest, lines, some, chunks.from(whole), 1, out + whole * n[K] * bytes, apart);
+                    out += whole * n[K] * bytes;
+                    if (rest) multiply(kernels_, rest, lines, some, chunks.from(whole), 1, out, apart);
                 }
             }
         }

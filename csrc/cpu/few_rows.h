@@ -6,8 +6,8 @@
 namespace hk {
 
 // head_first, as two products of vectors that lie along memory: t[b, r, j, k] = sum_q head[k, r, q] x[b, j, q], then
-// y[b, i, r] = bias[i, r] + sum_jk hidden[i, j, k] t[b, r, j, k]. Threads share head by k, then hidden by i. Of tensors that are
-// contiguous, in fp32 or fp64; bias may be null.
+// y[b, i, r] = bias[i, r] + sum_jk hidden[i, j, k] t[b, r, j, k]. Threads share head by k, then hidden by i. Of tensors
+// that are contiguous, in fp32 or fp64; bias may be null.
 class FewRows {
   public:
     FewRows(const Shape& shape, int threads, const InstructionSet& set);

@@ -48,10 +48,11 @@ def bench(arguments: argparse.Namespace) -> int:
     todo = [(suite, make) for suite in chosen for make in cases(suite, wanted)]
     if not todo:
         raise ValueError(f"{', '.join(chosen)}: no case for these settings; leave out --shape, --dtype or --device")
-    command = shlex.join(["hyperkernels", "bench", *sys.argv[2:]])
-    found = saved.new(machine(arguments.device), command)
+    found = saved.new(machine(arguments.device), shlex.join(["hyperkernels", *arguments.given]))
     found["machine"]["ceilings"] = {}
-    saved.save(arguments.json, found)  # before anything is measured: is there leave to write?
+    for path in (arguments.json, arguments.csv):
+        if path is not None:
+            saved.check_writable(path)
     base = _base(arguments) if arguments.base else None
     console = Console(stderr=True)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
@@ -75,7 +76,8 @@ def bench(arguments: argparse.Namespace) -> int:
             found["complete"] = True
         except KeyboardInterrupt:
             console.print(f"stopped: {len(found['rows'])} of {len(todo)} cases are kept")
-        _save(arguments, found)
+        if found["rows"]:  # else what an earlier run saved stays
+            _save(arguments, found)
     print_rows(found, base)
     print(f"\nresults: {arguments.json}")
     return int(not found["complete"] or any(row["failed"] for row in found["rows"]))
@@ -122,7 +124,7 @@ def _base(arguments: argparse.Namespace) -> dict[str, Any]:
         tree, output = Path(folder) / "tree", Path(folder) / "base.json"
         subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(tree), commit.stdout.strip()], check=True)
         try:
-            given = _without(sys.argv[2:], "--base", "--json", "--csv")
+            given = _without(arguments.given[1:], "--base", "--json", "--csv")
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
             again = [sys.executable, "-m", "hyperkernels", "bench", *given, "--json", str(output)]
             for step in (build, again):

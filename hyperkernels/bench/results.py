@@ -50,12 +50,23 @@ def ratio(row: dict[str, Any], name: str) -> float | None:
     return row["times"][name]["p50_ms"] / ours["p50_ms"] if ours and name in row["times"] else None
 
 
-def write(path: Path, text: str) -> None:
+def check_writable(path: Path) -> None:
+    """Before anything is measured; what lies at the path stays as it is."""
+    handle, part = _part(path)
+    os.close(handle)
+    Path(part).unlink()
+
+
+def _part(path: Path) -> tuple[int, str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise ResultsError(f"{path}: cannot write there ({error.strerror}): give another path") from None
+
+
+def write(path: Path, text: str) -> None:
+    handle, part = _part(path)
     try:
         with os.fdopen(handle, "w", newline="") as file:
             file.write(text)
