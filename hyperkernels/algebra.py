@@ -25,7 +25,8 @@ from hyperkernels.weight import AbsentWeight, shape_of
 
 
 def _matrices(a: AbsentWeight, b: AbsentWeight) -> tuple[Matrix, Matrix]:
-    left, right = Matrix.of(a, "a"), Matrix.of(b, "b")
+    left = Matrix.of(a, "a")
+    right = left if b is a else Matrix.of(b, "b")
     if left.cut != right.cut:
         raise ValueError(f"b: got chunks of {right.cut}, wanted a's {left.cut}")
     return left, right
@@ -35,6 +36,11 @@ def _root(square: Tensor) -> Tensor:
     """Its square root; of 0 the gradient is 0."""
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+
+
+def _each(found: Tensor) -> Tensor:
+    """`[G]`, or of one context a number."""
+    return found[0] if len(found) == 1 else found
 
 
 def gram(a: AbsentWeight, b: AbsentWeight | None = None) -> Tensor:
@@ -54,7 +60,6 @@ def gram(a: AbsentWeight, b: AbsentWeight | None = None) -> Tensor:
         >>> hk.algebra.gram(weight).shape
         torch.Size([5, 5])
     """
-    a, b = made(a), made(b)
     left, right = _matrices(a, a if b is None else b)
     return torch.stack([u @ v.T for u, v in matrices.pairs(left, right)]).sum(0)
 
@@ -70,21 +75,18 @@ def inner(a: AbsentWeight, b: AbsentWeight) -> Tensor:
         >>> hk.algebra.inner(weight, weight)
         tensor(56.)
     """
-    a, b = made(a), made(b)
     left, right = _matrices(a, b)
-    found = matrices.inner(left, right)
-    return found if max(a.contexts, b.contexts) > 1 else found[0]
+    return _each(matrices.inner(left, right))
 
 
 def norm(a: AbsentWeight) -> Tensor:
     """`||W_g||`, the Frobenius norm: `[G]`, or a number. Its square, summed, is weight decay on what is generated."""
-    a = made(a)
     return _root(inner(a, a))
 
 
 def chunk_norms(a: AbsentWeight) -> Tensor:
     """`||W_g[i, j]||` of every chunk, `[G, I, J]`: `sqrt(h^T (P P^T) h)`, cropped edges left out exactly."""
-    matrix = Matrix.of(made(a), "a")
+    matrix = Matrix.of(a, "a")
     grid = matrix.cut
     if not isinstance(grid, Grid):
         raise ValueError(f"a: got {grid}, wanted chunks that are blocks of the weight")
@@ -105,10 +107,8 @@ def squared_distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     Of equal widths the difference is `sum_k (h_k - h'_k) (x) p_k + h'_k (x) (p_k - p'_k)`, a generated weight as well:
     weights that nearly agree lose no digits to each other. Arguments and errors as for `inner`.
     """
-    a, b = made(a), made(b)
     left, right = _matrices(a, b)
-    found = matrices.squared_distances([(left, right)])
-    return found if max(a.contexts, b.contexts) > 1 else found[0]
+    return _each(matrices.squared_distances([(left, right)]))
 
 
 def distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
@@ -146,8 +146,7 @@ def spectral_norm(a: AbsentWeight, iterations: int = 20) -> Tensor:
     with torch.no_grad():
         for _ in range(iterations):
             v = F.normalize(back(along(v)), dim=-1)
-    found = along(v).norm(dim=-1)[:, 0]
-    return found if a.contexts > 1 else found[0]
+    return _each(along(v).norm(dim=-1)[:, 0])
 
 
 def _products(a: AbsentWeight) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]:
@@ -198,8 +197,7 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
     """
     if weights.keys() != earlier.keys():
         raise ValueError(f"earlier: got {sorted(earlier)}, wanted {sorted(weights)}")
-    couples = [_matrices(made(weights[name]), made(earlier[name])) for name in weights]
-    return matrices.squared_distances(couples).mean()
+    return matrices.squared_distances([_matrices(weights[name], earlier[name]) for name in weights]).mean()
 
 
 def weight_decay(weights: Mapping[str, AbsentWeight]) -> Tensor:
@@ -235,6 +233,4 @@ def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWe
 
 def total_norm(weights: Mapping[str, AbsentWeight]) -> Tensor:
     """`sqrt(sum_l ||W_l||^2)` over all that a hypernetwork generates: `[G]`, or a number."""
-    weights = {name: made(weight) for name, weight in weights.items()}
-    found = _root(matrices.sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()]))
-    return found if any(weight.contexts > 1 for weight in weights.values()) else found[0]
+    return _each(_root(matrices.sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()])))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperkernels.chunking import Grid, ceil_div
+from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight, stretches
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.watched import transformed
@@ -36,6 +37,7 @@ class Matrix(NamedTuple):
 
     @classmethod
     def of(cls, weight: AbsentWeight, name: str = "weight") -> Matrix:
+        weight = made(weight)  # of a layer's own
         if not isinstance(weight, AbsentWeight):
             raise TypeError(f"{name}: got {type(weight).__name__}, wanted a GeneratedWeight")
         head, bias = weight.head, weight.settings["head_bias"]
