@@ -1,10 +1,27 @@
 #include "worker.h"
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 
 namespace hk {
+namespace {
+
+// A fresh result faults once for each small page that is first written: for one of 32 MiB an eighth of a forward's time.
+// Where the system has large pages for who asks, ask.
+void ask_for_large_pages(char* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr size_t page = size_t(2) << 20;
+    auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused, nothing changes
+#endif
+}
+
+}  // namespace
 
 Worker::Worker(const Step& step, const Arguments& arguments, const std::vector<Output>& outputs, char* workspace,
                int thread)
@@ -95,6 +112,8 @@ void Step::run(const Arguments& arguments) const {
     std::vector<Output> outputs = this->outputs(arguments.rows, &end);
     char* workspace = arguments.workspace + (-reinterpret_cast<uintptr_t>(arguments.workspace) & (cache_line - 1));
     const Rows& rows = arguments.rows;
+    for (size_t n = 0; n < outputs.size(); ++n)
+        ask_for_large_pages(arguments.outputs[n].data, outputs[n].count * bytes_of(shape_.storage));
     auto share_of = [&](int thread) {
         std::array<Range, 2> mine{Range{0, rows.count}, Range{0, block_count_}};  // of rows, and of blocks
         if (split_ == T) {

@@ -215,6 +215,7 @@ def _native(
         threads, split = 1, Split("t", False)
     block = _blocks(call, sizes, formed)
     block[split.label] = min(block[split.label], ceil_div(sizes[split.label], threads))
+    again = ceil_div(rows, block["t"] * (threads if split.label == "t" else 1))  # times that a thread reads its operands
     while True:
         native = _cpu.Step(
             extent=[sizes[label] for label in LABELS],
@@ -231,7 +232,7 @@ def _native(
             split=LABELS.index(split.label),
             aligned=split.aligned,
             threads=threads,
-            prepare_bytes=limit // 4 if rows > block["t"] else 0,  # else nothing is read twice
+            prepare_bytes=limit // 4 if again > 2 else 0,  # else what another core packed comes later than one's own
             isa=isa,
         )
         longest = max((n for n in LABELS if n == "t" or n in formed), key=lambda label: block[label])
