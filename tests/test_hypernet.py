@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hyperkernels as hk
+from hyperkernels.nn.targets import Found
 from hyperkernels.testing import error, peak_bytes
 from hyperkernels.weight import form
 
@@ -112,6 +113,33 @@ def test_each_target_has_the_variance_of_its_own_fan(init):
         fan = (K if init == "fan_in" else N) * (9 if kernel else 1)
         moments = [form(net()[name]).square().mean() for net in nets]
         assert 0.9 < torch.stack(moments).mean() * fan / 2 < 1.1, name
+
+
+LAYERS = {
+    "convolution": (lambda: nn.Conv2d(8, 32, 3), 8 * 9, 32 * 9),
+    "grouped": (lambda: nn.Conv2d(8, 32, 3, groups=4), 2 * 9, 8 * 9),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 32, 3), 8 * 9, 32 * 9),
+    "transposed_grouped": (lambda: nn.ConvTranspose2d(8, 32, 3, groups=4), 2 * 9, 8 * 9),
+}
+
+
+@pytest.mark.parametrize(("make", "fan_in", "fan_out"), LAYERS.values(), ids=LAYERS)
+def test_fans_are_what_an_output_sums_and_an_input_reaches(make, fan_in, fan_out):
+    for init, fan in (("fan_in", fan_in), ("fan_out", fan_out)):
+        nets = [hk.HyperNet(make(), width=16, chunk=(2, 2), init=init) for _ in range(24)]
+        moment = torch.stack([form(net()["weight"]).square().mean() for net in nets]).mean()
+        assert 0.85 < moment * fan / 2 < 1.15
+
+
+def test_tied_weights_are_one_target():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    net = hk.HyperNet(model, biases=True)
+    assert list(net.targets) == ["0.weight", "0.bias", "1.bias"]
+    hk.HyperModel(model, net)(torch.randn(3, 6)).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+    shared = nn.Sequential(layer := nn.Linear(6, 6), layer)
+    assert list(hk.HyperNet(shared).targets) == ["0.weight"]
 
 
 def second_moments(shapes, **settings):
@@ -226,7 +254,7 @@ def test_targets_may_differ_from_call_to_call():
     same = [form(w) for w in net(z, targets=shapes).values()]
     for got, wanted in zip(same, net(z).values()):
         torch.testing.assert_close(got, form(wanted))
-    alike = net.descriptors(net._cut(dict.fromkeys("abc", ((12, 10), 1))).values())
+    alike = net.descriptors(net._cut(dict.fromkeys("abc", Found((12, 10)))).values())
     assert len(alike.unique(dim=0)) == len(alike) == 3 * 9, "no two chunks look the same"
     with pytest.raises(ValueError, match="targets: got a chunk of 400 numbers in 'kernel'"):
         net(z, targets={"kernel": (4, 4, 5, 5)})

@@ -15,7 +15,7 @@ from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import find_context
 from hyperkernels.nn.encoders import Descriptors
 from hyperkernels.nn.layer import hidden_second_moment
-from hyperkernels.nn.targets import COMPONENTS, STRATEGIES, Chunk, Target, cut, find_targets, start_scales
+from hyperkernels.nn.targets import COMPONENTS, STRATEGIES, Chunk, Found, Target, cut, find_targets, start_scales
 from hyperkernels.nn.trunk import TrunkLayer, check_sizes
 from hyperkernels.weight import AbsentWeight, GeneratedWeight
 
@@ -147,10 +147,10 @@ class HyperNet(nn.Module):
         self._head_scales = [1.0] * len(sizes) if flat or descriptors else self._scales_into_heads()
         self.reset_parameters()
 
-    def _cut(self, shapes: dict[str, tuple[tuple[int, ...], int]]) -> dict[str, Target]:
-        scales = start_scales(shapes, *self._start)
+    def _cut(self, found: dict[str, Found]) -> dict[str, Target]:
+        scales = start_scales(found, *self._start)
         settings = (None, *self._settings[1:]) if self.flat else self._settings
-        return {name: cut(name, *shape, *settings, scales[name]) for name, shape in shapes.items()}
+        return {name: cut(name, own, *settings, scales[name]) for name, own in found.items()}
 
     def _chunks(self, targets: dict[str, Target]) -> int:
         if self.flat:

@@ -18,6 +18,22 @@ Chunk = tuple[int, int] | int | None
 LEAST_VARIANCE = 1e-4  # of what is to start at zero: a scale of zero would keep it there
 
 
+class Found(NamedTuple):
+    """A weight of a model: its shape, the groups that its rows are in, and whether it is a transposed convolution's,
+    `[in, out / groups, *kernel]`."""
+
+    shape: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def fans(self) -> tuple[int, int]:
+        """`(d_out, d_in)`: how many outputs an input reaches, and how many inputs an output sums."""
+        N, K, *kernel = (*self.shape, 1) if len(self.shape) == 1 else self.shape
+        rows, cols = N // self.groups * prod(kernel), K * prod(kernel)
+        return (cols, rows) if self.transposed else (rows, cols)
+
+
 class Target(NamedTuple):
     """A weight to generate: its shape, as a grid of chunks, each of `rows x cols x kernel` numbers of one head."""
 
@@ -43,19 +59,22 @@ def find_targets(
     targets: Mapping[str, Sequence[int]] | nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     biases: bool = False,
-) -> dict[str, tuple[tuple[int, ...], int]]:
-    """The shape of each target, and in how many groups of rows it is applied."""
-    groups: dict[str, int] = {}
+) -> dict[str, Found]:
+    """What is to be generated, by name; a weight that several layers share once, by its first name."""
+    known: dict[str, Found] = {}
     if isinstance(targets, nn.Module):
         found: dict[str, Any] = {}
+        seen: set[nn.Parameter] = set()
         for layer, module in targets.named_modules():
             kind = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
             if not kind or not (filter_fn is None or filter_fn(module, layer)):
                 continue
             for part in ("weight", "bias")[: 1 + biases]:
                 parameter, name = getattr(module, part), f"{layer}.{part}".lstrip(".")
-                if parameter is not None:
-                    found[name], groups[name] = tuple(parameter.shape), getattr(module, "groups", 1)
+                if parameter is not None and parameter not in seen:
+                    seen.add(parameter)
+                    found[name] = tuple(parameter.shape)
+                    known[name] = Found(found[name], getattr(module, "groups", 1), getattr(module, "transposed", False))
     elif isinstance(targets, Mapping):
         if filter_fn is not None or biases:
             raise ValueError("filter_fn, biases: got one with {name: shape}, wanted them with a torch.nn.Module alone")
@@ -68,20 +87,12 @@ def find_targets(
         fits = isinstance(shape, Sequence) and 1 <= len(shape) <= 5 and all(isinstance(n, int) and n > 0 for n in shape)
         if not fits:
             raise ValueError(f"targets: got {shape!r} for {name!r}, wanted one to five positive integers")
-    return {name: (tuple(shape), groups.get(name, 1)) for name, shape in found.items()}
+    return {name: known.get(name, Found(tuple(shape))) for name, shape in found.items()}
 
 
-def cut(
-    name: str,
-    shape: tuple[int, ...],
-    groups: int,
-    chunk: Chunk,
-    width: int,
-    strategy: str,
-    component: str,
-    scale: float,
-) -> Target:
-    """The target of a shape, with the chunks that the strategy gives it."""
+def cut(name: str, found: Found, chunk: Chunk, width: int, strategy: str, component: str, scale: float) -> Target:
+    """What was found as a target, with the chunks that the strategy gives it."""
+    shape, groups, _ = found
     N, K, *kernel = shape if len(shape) > 1 else (*shape, 1)
     own, positions = N // groups, prod(kernel)
     if strategy in ("once", "component"):
@@ -101,7 +112,7 @@ def cut(
     return Target(shape, Grid(N, K, rows, cols), tuple(kernel), scale)
 
 
-def start_scales(shapes: Mapping[str, tuple[tuple[int, ...], int]], init: str, nonlinearity: str) -> dict[str, float]:
+def start_scales(found: Mapping[str, Found], init: str, nonlinearity: str) -> dict[str, float]:
     """The standard deviation that each target is to have at the start, by Chang et al. 2020.
 
     With c = 2 for relu and 1 otherwise, a weight varies by `c / (k d_in)`, where k is 2 if the bias of its layer is
@@ -110,19 +121,15 @@ def start_scales(shapes: Mapping[str, tuple[tuple[int, ...], int]], init: str, n
     """
     c = 2.0 if nonlinearity == "relu" else 1.0
     scales = {}
-    for name, (shape, _) in shapes.items():
-        layer = name.removesuffix("bias") if len(shape) == 1 else name.removesuffix("weight")
-        d_out, d_in = _fans(shapes.get(f"{layer}weight", (shape, 1))[0])
-        if len(shape) == 1:
+    for name, target in found.items():
+        is_bias = len(target.shape) == 1
+        layer = name.removesuffix("bias" if is_bias else "weight")
+        d_out, d_in = found.get(f"{layer}weight", target).fans
+        if is_bias:
             variance = c / 2 if init == "fan_in" else max(LEAST_VARIANCE, c * (1 - d_in / d_out))
         elif init == "fan_in":
-            variance = c / ((1 + (f"{layer}bias" in shapes)) * d_in)
+            variance = c / ((1 + (f"{layer}bias" in found)) * d_in)
         else:
             variance = c / d_out
         scales[name] = variance**0.5
     return scales
-
-
-def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
-    N, K, *kernel = (*shape, 1) if len(shape) == 1 else shape
-    return N * prod(kernel), K * prod(kernel)
