@@ -182,10 +182,7 @@ def parts(form: ConvForm) -> Iterator[Part]:
     for group in range(n):
         rows = slice(group * I, (group + 1) * I)
         own_head = head[group * I * grid.J : (group + 1) * I * grid.J] if call.per_chunk_heads else head
-        if isinstance(hidden, AdditiveHidden):
-            own = AdditiveHidden(hidden.context, hidden.chunks[rows], hidden.activation)
-        else:
-            own = hidden[:, rows]
+        own = hidden.with_chunks(hidden.chunks[rows]) if isinstance(hidden, AdditiveHidden) else hidden[:, rows]
         yield Part(call._replace(grid=grid), images[:, :, group], own, own_head, form.ids)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,8 +104,17 @@ class AdditiveHidden:
     def device(self) -> torch.device:
         return self.context.device
 
-    def to(self, dtype: torch.dtype) -> AdditiveHidden:
-        return AdditiveHidden(self.context.to(dtype), self.chunks.to(dtype), self.activation)
+    def to(self, *args: Any, **kwargs: Any) -> AdditiveHidden:
+        """As `torch.Tensor.to`, of both summands."""
+        return AdditiveHidden(self.context.to(*args, **kwargs), self.chunks.to(*args, **kwargs), self.activation)
+
+    def with_chunks(self, chunks: Tensor) -> AdditiveHidden:
+        """The same contexts, with other chunks: some of these, or in another order."""
+        return AdditiveHidden(self.context, chunks, self.activation)
+
+    def of_contexts(self, index: Tensor | slice) -> AdditiveHidden:
+        """The same chunks, of the contexts that the index says."""
+        return AdditiveHidden(self.context[index], self.chunks, self.activation)
 
     def materialize(self) -> Tensor:
         """The hidden layer itself, `[G, I, J, m]`, differentiable; what the fast paths avoid."""

@@ -135,9 +135,10 @@ def _stretch(weight: Any, begin: int, end: int, rows: int) -> GeneratedWeight:
     """Rows begin to end, where begin is a chunk's first."""
     chunks, hidden = slice(begin // rows, ceil_div(end, rows)), weight.hidden
     if isinstance(hidden, AdditiveHidden):
-        I, J, own = *hidden.shape[1:3], AdditiveHidden(hidden.context, hidden.chunks[chunks], hidden.activation)
+        own: Any = hidden.with_chunks(hidden.chunks[chunks])
     else:
-        I, J, own = *hidden.shape[-3:-1], hidden[..., chunks, :, :]
+        own = hidden[..., chunks, :, :]
+    I, J = hidden.shape[-3:-1]
 
     def of_chunks(v: Tensor | None, dimensions: int) -> Tensor | None:
         if v is None or v.dim() == dimensions:
