@@ -95,11 +95,11 @@ def read_hypnettorch(
         ),
         **factory,
     )
-    net.targets = {name: target._replace(scale=1.0) for name, target in net.targets.items()}
     first = weights[0]
     columns = torch.arange(first.shape[1])
     of_chunk = (columns >= uncond) & (columns < uncond + chunk_features)
     loaded = {
+        "scales": torch.ones(len(shapes)),
         "embedding": chunks,
         "heads.0": weights[-1].T,
         "trunk.chunk_layer.weight": first[:, of_chunk] if chunked else first.new_zeros(len(first), 1),

@@ -33,7 +33,7 @@ class FlatWeight(AbsentWeight):
         shape: the weight's.
         start: where in the vector it begins.
         head_bias: `[size]`, the same for all chunks.
-        scale: a number.
+        scale: a number, or a tensor of one.
         context_ids: as for `GeneratedWeight`.
 
     Raises:
@@ -59,7 +59,7 @@ class FlatWeight(AbsentWeight):
         start: int = 0,
         *,
         head_bias: Tensor | None = None,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         context_ids: Tensor | None = None,
     ) -> FlatWeight:
         size, chunks = tuple(hidden.shape), _chunks(hidden)
@@ -81,7 +81,7 @@ class FlatWeight(AbsentWeight):
         """Of chunks first to last, `[G, last - first, m]`."""
         hidden = self.hidden
         if isinstance(hidden, AdditiveHidden):
-            return AdditiveHidden(hidden.context, hidden.chunks[first:last], hidden.activation).materialize()[:, :, 0]
+            return hidden.with_chunks(hidden.chunks[first:last]).materialize()[:, :, 0]
         return hidden[..., first:last, :] if hidden.dim() == 3 else hidden[None, first:last]
 
 
@@ -137,10 +137,7 @@ def _entries(weight: FlatWeight, x: Tensor, bias: Tensor | None) -> tuple[FlatWe
     if ids is not None and not transformed():
         check_context_ids(ids, weight.contexts)
     if ids is not None and weight.contexts > 1:
-        if isinstance(hidden, AdditiveHidden):
-            hidden = AdditiveHidden(hidden.context[ids], hidden.chunks, hidden.activation)
-        else:
-            hidden = hidden[ids]
+        hidden = hidden.of_contexts(ids) if isinstance(hidden, AdditiveHidden) else hidden[ids]
         given = {"head_bias": weight.settings["head_bias"], "scale": weight.scale}
         weight = FlatWeight(hidden, weight.head, shape_of(weight), weight.start, **given)
         bias = bias[ids] if bias is not None and bias.dim() == 2 else bias

@@ -14,7 +14,7 @@ from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight, stretches
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.watched import transformed
-from hyperkernels.weight import AbsentWeight
+from hyperkernels.weight import AbsentWeight, is_one
 
 
 class Stretch(NamedTuple):
@@ -63,7 +63,7 @@ class Matrix(NamedTuple):
             bias = bias.expand(*head.shape[:width], *bias.shape[-2:]).unsqueeze(width)
             head, hidden = torch.cat([head, bias], width), formed(hidden)
             hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
-        return cls(weight.scale * formed(hidden) if weight.scale != 1 else hidden, head, cut, key)
+        return cls(hidden if is_one(weight.scale) else weight.scale * formed(hidden), head, cut, key)
 
 
 class Part(NamedTuple):
@@ -90,7 +90,7 @@ def parts_of(matrix: Matrix) -> Iterator[Part]:
             key = (*of, r, q, *((i.start, j.start) if head.dim() == 4 else ()))
             if isinstance(hidden, AdditiveHidden):
                 chunks = hidden.chunks[i, j].flatten(0, 1)[:, None]
-                some: Any = AdditiveHidden(hidden.context, chunks, hidden.activation)
+                some: Any = hidden.with_chunks(chunks)
             else:
                 some = hidden[:, i, j].flatten(1, 2)
             yield Part(some, own[..., :r, :q].flatten(-2), key)
@@ -108,7 +108,7 @@ def together(hiddens: list[Any]) -> Tensor:
     if all(isinstance(h, AdditiveHidden) for h in hiddens):
         alike = all(h.context is first.context and h.activation == first.activation for h in hiddens)
         if alike and len(hiddens) > 1:
-            hiddens = [AdditiveHidden(first.context, torch.cat([h.chunks for h in hiddens]), first.activation)]
+            hiddens = [first.with_chunks(torch.cat([h.chunks for h in hiddens]))]
     found = [h.materialize()[:, :, 0] if isinstance(h, AdditiveHidden) else h for h in hiddens]
     return torch.cat(found, 1) if len(found) > 1 else found[0]
 

@@ -25,7 +25,7 @@ class AbsentWeight(Tensor):
 
     hidden: Tensor | AdditiveHidden
     head: Tensor
-    scale: float
+    scale: float | Tensor
     contexts: int
     settings: dict[str, Any]
 
@@ -70,7 +70,7 @@ class GeneratedWeight(AbsentWeight):
         hidden, head, head_bias, order, backend: as for `hyper_linear`, or `hyper_conv2d`.
         shape: `(N, K)`; of a convolution `(out_channels, in_channels / groups, *kernel)`; of a bias `(N,)`, which is
             generated as the column `(N, 1)`.
-        scale: a number.
+        scale: a number, or a tensor of one; no gradient reaches it.
         context_ids: as for `hyper_linear`, of the layer that the weight is given to. Where hidden has G contexts each
             has a weight of this shape, and entry g of the layer's input uses that of context g, without ids.
 
@@ -95,7 +95,7 @@ class GeneratedWeight(AbsentWeight):
         shape: Sequence[int],
         *,
         head_bias: Tensor | None = None,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         context_ids: Tensor | None = None,
         order: str | None = None,
         backend: str | None = None,
@@ -128,10 +128,15 @@ def form(weight: AbsentWeight) -> Tensor:
     return FORM[type(weight)](weight)
 
 
+def is_one(scale: float | Tensor) -> bool:
+    """Whether there is nothing to multiply by; of a tensor nobody waits to know."""
+    return not isinstance(scale, Tensor) and scale == 1
+
+
 def _scaled(weight: AbsentWeight) -> tuple[Tensor, dict[str, Any]]:
     """Head and settings of what generates it, the scale in them."""
     bias, scale = weight.settings["head_bias"], weight.scale
-    if scale == 1:
+    if is_one(scale):
         return weight.head, weight.settings
     return scale * weight.head, weight.settings | {"head_bias": None if bias is None else scale * bias}
 
@@ -204,7 +209,7 @@ def _transposed(weight: Any) -> Any:
         return NotImplemented  # one head for each chunk: they lie in the chunks' order
     hidden = weight.hidden
     if isinstance(hidden, AdditiveHidden):
-        hidden = AdditiveHidden(hidden.context, hidden.chunks.transpose(0, 1), hidden.activation)
+        hidden = hidden.with_chunks(hidden.chunks.transpose(0, 1))
     else:
         hidden = hidden.transpose(-3, -2)
     settings = weight.settings | {"head_bias": None if bias is None else bias.T, "scale": weight.scale}
@@ -253,17 +258,12 @@ def _learns(weight: Any) -> Tensor:
 
 def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
     """Of hidden, head and head_bias alike."""
-    if isinstance(weight.hidden, AdditiveHidden):
-        parts = (weight.hidden.context.to(*args, **kwargs), weight.hidden.chunks.to(*args, **kwargs))
-        hidden: Any = AdditiveHidden(*parts, weight.hidden.activation)
-    else:
-        hidden = weight.hidden.to(*args, **kwargs)
     bias = weight.settings["head_bias"]
-    settings = weight.settings | {
-        "head_bias": bias if bias is None else bias.to(*args, **kwargs),
-        "scale": weight.scale,
-    }
-    return GeneratedWeight(hidden, weight.head.to(*args, **kwargs), shape_of(weight), **settings)
+    bias = bias if bias is None else bias.to(*args, **kwargs)
+    settings = weight.settings | {"head_bias": bias, "scale": weight.scale}
+    return GeneratedWeight(
+        weight.hidden.to(*args, **kwargs), weight.head.to(*args, **kwargs), shape_of(weight), **settings
+    )
 
 
 CONVOLUTION = "stride padding dilation groups"

@@ -33,6 +33,20 @@ def test_dropout_makes_members_too():
     assert of_values(still).variance.max() < 1e-6
 
 
+def test_members_of_a_static_hypernetwork_have_masks_of_their_own():
+    trunk = hk.nn.MLPTrunk((16,), 8, dropout=0.5)
+    for layout in ({}, {"layout": "flat", "chunk": 5}):
+        net = hk.HyperNet({"weight": (3, 6)}, width=16, embedding_features=8, trunk=trunk, **layout).train()
+        y = F.linear(members(torch.randn(5, 6), 12), net(members=12)["weight"])
+        assert of_values(y).variance.min() > 0
+        still = form(net.eval()(members=12)["weight"])
+        torch.testing.assert_close(still, form(net()["weight"]).expand(12, 3, 6))
+    with pytest.raises(ValueError, match="members: got 0"):
+        net(members=0)
+    with pytest.raises(ValueError, match="members: got a number, wanted a context for each"):
+        hk.HyperNet({"weight": (3, 6)}, context_features=4)(torch.randn(4), members=2)
+
+
 def test_members_that_agree_and_members_that_do_not():
     sure = torch.tensor([[9.0, -9.0], [9.0, -9.0]])[:, None]
     torn = torch.tensor([[99.0, -99.0], [-99.0, 99.0]])[:, None]

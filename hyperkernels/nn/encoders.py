@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from hyperkernels.nn.start import CONTEXTS
 from hyperkernels.nn.targets import Target
 from hyperkernels.nn.trunk import check_sizes
 
@@ -46,6 +47,11 @@ class Tasks(nn.Embedding):
         if input.numel() and not (int(input.min()) >= 0 and int(input.max()) < self.num_embeddings):
             raise ValueError(f"task: got {input.tolist()}, wanted 0 to {self.num_embeddings - 1}")
         return torch.cat([*beside, super().forward(input)], -1)
+
+    def examples(self) -> Tensor:
+        """z of some of the tasks, by which a hypernetwork starts; what comes beside them is standard normal."""
+        z = self.weight[torch.randperm(len(self.weight), device=self.weight.device)[:CONTEXTS]]
+        return torch.cat([z.new_empty(len(z), self.beside).normal_(), z], 1)
 
 
 class Noise(nn.Module):

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hyperkernels.chunking import Grid, ceil_div
+from hyperkernels.chunking import ceil_div
 from hyperkernels.flat import FlatWeight
+from hyperkernels.form import autocast_enabled
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import find_context
 from hyperkernels.nn.encoders import Descriptors
-from hyperkernels.nn.layer import hidden_second_moment
-from hyperkernels.nn.targets import COMPONENTS, STRATEGIES, Chunk, Found, Target, cut, find_targets, start_scales
+from hyperkernels.nn.start import normal_contexts, second_moments, start_heads_, start_scales
+from hyperkernels.nn.targets import Chunk, Found, Target, check_choices, check_settings, cut, find_targets, share_heads
 from hyperkernels.nn.trunk import TrunkLayer, check_sizes
 from hyperkernels.weight import AbsentWeight, GeneratedWeight
 
 Targets = Mapping[str, Sequence[int]] | nn.Module
-CHOICES = {
-    "strategy": STRATEGIES,
-    "component": COMPONENTS,
-    "layout": ("tiles", "flat"),
-    "heads": (None, "shared", "shape", "layer"),
-    "init": ("fan_in", "fan_out"),
-    "nonlinearity": ("relu", "linear"),
-}
 
 
 class HyperNet(nn.Module):
@@ -64,12 +57,14 @@ class HyperNet(nn.Module):
             context_features]` or None, that returns hidden `[C, m]`, `[G, C, m]` or `AdditiveHidden` `[G, C, 1, m]`. By
             default a `TrunkLayer`. Where it has `chunks_per_embedding`, neighbours in a row share one (`ColumnTrunk`).
         init, nonlinearity: at first the weights vary as Chang et al. would have them, by "fan_in" or "fan_out", for
-            "relu" or "linear", whatever the head that they share: `scale_l` sees to it (`targets.start_scales`).
+            "relu" or "linear", whatever the head that they share and whatever the trunk makes for each: `scale_l`,
+            measured at the start (`reset_parameters`) and kept as the buffer `scales`, sees to it.
         device, dtype: of the parameters.
 
     Call:
-        `hypernet(context=None, context_ids=None, targets=None)`: `{name: weight}`. The context is the argument, else
-        the ambient `hyperkernels.context(z)`; z `[G, context_features]` generates G weights for each target.
+        `hypernet(context=None, context_ids=None, targets=None, members=None)`: `{name: weight}`. The context is the
+        argument, else the ambient `hyperkernels.context(z)`; z `[G, context_features]` generates G weights for each
+        target. A static hypernetwork whose trunk has dropout generates an ensemble of `members`, each by its own mask.
 
     Its attributes `order` and `backend` are those of `hyper_linear`, for all targets.
 
@@ -116,46 +111,49 @@ class HyperNet(nn.Module):
         super().__init__()
         features = width if embedding_features is None else embedding_features
         check_sizes(width=width, embedding_features=features, context_features=context_features)
-        given = {"strategy": strategy, "component": component, "layout": layout, "heads": heads}
-        for name, value in (given | {"init": init, "nonlinearity": nonlinearity}).items():
-            if value not in CHOICES[name]:
-                raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(str, CHOICES[name]))}")
+        check_choices(strategy=strategy, component=component, layout=layout, heads=heads)
+        check_choices(init=init, nonlinearity=nonlinearity)
         for name, module in (("trunk", trunk), ("encoder", encoder)):
             if module is not None and not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: got {type(module).__name__}, wanted a torch.nn.Module")
         if encoder is not None and context_features is None:
             raise ValueError("encoder: got one, wanted context_features, the size of what it makes")
-        flat = layout == "flat"
-        plain = strategy == "chunk" and isinstance(chunk, int) and heads in (None, "shared") and not descriptors
-        if flat and not plain:
-            raise ValueError('layout: got "flat", wanted with it a number as chunk, one shared head, no descriptors')
-        self.width, self.context_features, self.flat = width, context_features, flat
+        check_settings(strategy, component, layout, chunk, heads, descriptors)
+        self.width, self.context_features, self.flat = width, context_features, layout == "flat"
         self.order: str | None = None
         self.backend: str | None = None
-        self._settings = (chunk, width, strategy, component)
-        self._start = (init, nonlinearity)
-        self.targets = self._cut(find_targets(targets, filter_fn, biases))
+        self._settings, self._start = (chunk, width, strategy, component), (init, nonlinearity)
+        self._choice: Any = (filter_fn, biases) if descriptors else ()  # of the layers of another module
+        found = find_targets(targets, filter_fn, biases)
+        self._starts, self.targets = start_scales(found, init, nonlinearity), self._cut(found, chunk)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if trunk is None:
             trunk = TrunkLayer(width, features, context_features=context_features, **factory)
         self.trunk, self.encoder = trunk, encoder
         self.embedding = None if descriptors else nn.Parameter(torch.empty(self._embeddings(), features, **factory))
         self.descriptors = Descriptors(features, **factory) if descriptors else None
-        self.head_of, sizes = self._heads(heads or ("layer" if strategy in ("once", "multi_head") else "shared"))
+        whole: Any = (chunk,) if self.flat else None
+        self.head_of, sizes = share_heads(self.targets, strategy, heads, whole)
         self.heads = nn.ParameterList(torch.empty(*lead, width, size, **factory) for *lead, size in sizes)
         self.head_biases = nn.ParameterList(torch.empty(size, **factory) for size in sizes * head_bias)
-        self._head_scales = [1.0] * len(sizes) if flat or descriptors else self._scales_into_heads()
+        owners = list(self.head_of.values())
+        self.scales: Tensor | None
+        self._alone = {name for name, n in self.head_of.items() if owners.count(n) == 1 and not descriptors}
+        self.register_buffer("scales", None if descriptors else torch.ones(len(owners), device=device, dtype=dtype))
         self.reset_parameters()
 
-    def _cut(self, found: dict[str, Found]) -> dict[str, Target]:
-        scales = start_scales(found, *self._start)
-        settings = (None, *self._settings[1:]) if self.flat else self._settings
-        return {name: cut(name, own, *settings, scales[name]) for name, own in found.items()}
+    def _cut(self, found: dict[str, Found], chunk: Chunk) -> dict[str, Target]:
+        settings = (None if self.flat else chunk, *self._settings[1:])
+        return {name: cut(name, own, *settings) for name, own in found.items()}
 
-    def _chunks(self, targets: dict[str, Target]) -> int:
-        if self.flat:
-            return ceil_div(sum(target.numbers for target in targets.values()), self._settings[0])  # type: ignore[operator]
-        return sum(target.chunks for target in targets.values())
+    def _chunks(self, targets: dict[str, Target]) -> dict[str, slice]:
+        """Which chunks are each target's; in the flat layout those that it has a part in."""
+        found, start = {}, 0
+        for name, target in targets.items():
+            size, own = (self._settings[0], target.numbers) if self.flat else (1, target.chunks)
+            found[name] = slice(start // size, ceil_div(start + own, size))  # type: ignore[operator, arg-type]
+            start += own
+        return found
 
     def _embeddings(self) -> int:
         """One for each chunk; of a trunk that has neighbours in a row share one, fewer."""
@@ -163,55 +161,49 @@ class HyperNet(nn.Module):
         for name, target in self.targets.items():
             if target.grid.J % each:
                 raise ValueError(f"trunk: {name!r} has {target.grid.J} columns of chunks, wanted a multiple of {each}")
-        return self._chunks(self.targets) // each
-
-    def _heads(self, heads: str) -> tuple[dict[str, int], list[tuple[int, ...]]]:
-        """Which head each target reads, and the sizes of the heads: of a head for each chunk, how many, first."""
-        if self.flat:
-            return dict.fromkeys(self.targets, 0), [(self._settings[0],)]  # type: ignore[list-item]
-        keys: dict[Any, int] = {}
-        head_of = {}
-        for name, target in self.targets.items():
-            key = name if self._settings[2] == "multi_head" else {"shape": target.chunk, "layer": name}.get(heads)
-            head_of[name] = keys.setdefault(key, len(keys))
-        sizes: list[tuple[int, ...]] = [()] * len(keys)
-        for name, target in self.targets.items():
-            lead = (target.chunks,) if self._settings[2] == "multi_head" else ()
-            sizes[head_of[name]] = max(sizes[head_of[name]], (*lead, prod(target.chunk)))
-        return head_of, sizes
-
-    def _scales_into_heads(self) -> list[float]:
-        """Of a head whose targets have one scale, which starts with it: a large head of one target is not multiplied in
-        every call."""
-        scales: list[set[float]] = [set() for _ in self.heads]
-        for name, target in self.targets.items():
-            scales[self.head_of[name]].add(target.scale)
-        own = [found.pop() if len(found) == 1 else 1.0 for found in scales]
-        for name, target in self.targets.items():
-            if own[self.head_of[name]] == target.scale:
-                self.targets[name] = target._replace(scale=1.0)
-        return own
+        return _count(self._chunks(self.targets)) // each
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """New embeddings, and heads such that what they generate, before it is scaled, has unit variance, or the one of
-        their only target; the trunk and the encoder stay."""
+    def reset_parameters(self, context: Any = None) -> None:
+        """New embeddings and heads, such that each target starts with its variance; the trunk and the encoder stay.
+
+        Args:
+            context: what the hypernetwork will be called with, a few: by these the trunk's output is measured. By
+                default the `examples()` of the encoder, as tasks and noise have them, else standard normal z.
+        """
         if self.embedding is not None:
             nn.init.normal_(self.embedding)
-
-        def hidden(context: Tensor | None) -> Tensor | AdditiveHidden:
-            return self._hidden(self.targets, context)
-
-        std = (self.width * hidden_second_moment(hidden, self.context_features, self.heads[0])).rsqrt()
-        for head, scale in zip(self.heads, self._head_scales):
-            head.normal_().mul_(scale * std.to(head.dtype))
         for bias in self.head_biases:
             bias.zero_()
+        chunks = self._chunks(self.targets)
+        seen = second_moments(lambda z: self._hidden(self.targets, z), self._examples(context))
+        of_chunk = seen.reshape(-1, _count(chunks)).mean(0)
+        moments = torch.stack([of_chunk[own].mean() for own in chunks.values()])
+        start_heads_(list(self.heads), self.scales, list(self.head_of.values()), list(self._starts.values()), moments)
+
+    def _examples(self, context: Any) -> list[Tensor | None]:
+        examples: Any = getattr(self.encoder, "examples", None)
+        if context is None and examples is None:
+            return normal_contexts(self.context_features, self.heads[0])
+        z = examples() if context is None else self._context(context)[0]
+        return [None] if z is None else list(z.split(1))
+
+    def _context(self, context: Any) -> tuple[Tensor | None, Tensor | None]:
+        """z and the ids that came with it, of what the hypernetwork is called with."""
+        if self.encoder is not None and context is not None:
+            context = self.encoder(*context) if isinstance(context, tuple) else self.encoder(context)
+        z, ids = find_context(context, self.context_features)
+        own = self.heads[0].dtype
+        if z is not None and z.dtype != own and not autocast_enabled(z.device.type):
+            raise TypeError(f"context: got {z.dtype}, wanted the hypernetwork's dtype {own}")
+        return z, ids
 
     def _hidden(self, targets: dict[str, Target], context: Tensor | None) -> Tensor | AdditiveHidden:
         embedding = self.embedding if self.descriptors is None else self.descriptors(targets.values())
         hidden = self.trunk(embedding, context)
-        count, m = self._chunks(targets), self.width
+        if not isinstance(hidden, (Tensor, AdditiveHidden)):
+            raise TypeError(f"trunk: got {type(hidden).__name__}, wanted hidden as a tensor or as AdditiveHidden")
+        count, m = _count(self._chunks(targets)), self.width
         shape = tuple(hidden.shape)
         wanted = [(count, 1, m)] if isinstance(hidden, AdditiveHidden) else [(count, m)]
         if shape not in wanted and shape[1:] not in wanted:
@@ -219,17 +211,26 @@ class HyperNet(nn.Module):
         return hidden
 
     def forward(
-        self, context: Any = None, context_ids: Tensor | None = None, *, targets: Targets | None = None
+        self,
+        context: Any = None,
+        context_ids: Tensor | None = None,
+        *,
+        targets: Targets | None = None,
+        members: int | None = None,
     ) -> dict[str, AbsentWeight]:
-        if self.encoder is not None and context is not None:
-            context = self.encoder(*context) if isinstance(context, tuple) else self.encoder(context)
-        context, ambient_ids = find_context(context, self.context_features)
-        cuts = self.targets if targets is None else self._other(targets)
-        hidden = self._hidden(cuts, context)
+        z, ambient_ids = self._context(context)
+        cuts, scales = (self.targets, self._own_scales()) if targets is None else self._other(targets)
+        if members is None:
+            hidden = self._hidden(cuts, z)
+        else:
+            check_sizes(members=members)
+            if self.context_features is not None:
+                raise ValueError("members: got a number, wanted a context for each: this hypernetwork is conditional")
+            hidden = torch.stack([self._hidden(cuts, None) for _ in range(members)])  # type: ignore[arg-type]
         ids = ambient_ids if context_ids is None else context_ids
         if self.flat:
-            return self._flat_weights(hidden, ids)
-        parts = _split(hidden, [target.chunks for target in cuts.values()])
+            return self._flat_weights(hidden, ids, scales)
+        parts = _split(hidden, cuts.values())
         read: dict[Any, list[Tensor]] = {}
         weights: dict[str, AbsentWeight] = {}
         for (name, target), part in zip(cuts.items(), parts):
@@ -237,9 +238,9 @@ class HyperNet(nn.Module):
             if (n, chunk) not in read:
                 read[n, chunk] = self._read(n, chunk)
             head, *bias = read[n, chunk]
-            given: dict[str, Any] = {"scale": target.scale, "order": self.order, "backend": self.backend}
+            given: dict[str, Any] = {"scale": scales[name], "order": self.order, "backend": self.backend}
             given |= {"head_bias": bias[0] if bias else None, "context_ids": ids}
-            weights[name] = GeneratedWeight(_grid_of(part, target.grid), head, target.shape, **given)
+            weights[name] = GeneratedWeight(part, head, target.shape, **given)
         return weights
 
     def _read(self, n: int, chunk: tuple[int, ...]) -> list[Tensor]:
@@ -247,21 +248,35 @@ class HyperNet(nn.Module):
         both = (self.heads, self.head_biases)
         return [part[n].narrow(-1, 0, prod(chunk)).unflatten(-1, chunk) for part in both if len(part)]
 
-    def _other(self, targets: Targets) -> dict[str, Target]:
+    def _own_scales(self) -> dict[str, Any]:
+        """A large head of one target has its scale in it, and is not multiplied in every call."""
+        if self.scales is None:
+            return self._starts
+        return {n: 1.0 if n in self._alone else scale for n, scale in zip(self.targets, self.scales.unbind())}
+
+    def _other(self, targets: Targets) -> tuple[dict[str, Target], dict[str, float]]:
         if self.descriptors is None or len(self.heads) > 1:
             raise ValueError("targets: got others than at the start, wanted descriptors=True and one head for that")
-        cuts = self._cut(find_targets(targets))
+        found = find_targets(targets, *(self._choice if isinstance(targets, nn.Module) else ()))
+        chunk, most = self._settings[0], self.heads[0].shape[-1]
+        free = self._settings[2] == "chunk" and not isinstance(chunk, (tuple, list))
+        cuts = self._cut(found, most if free else chunk)
         for name, target in cuts.items():
-            if prod(target.chunk) > self.heads[0].shape[-1]:
-                got, most = prod(target.chunk), self.heads[0].shape[-1]
+            if prod(target.chunk) > most:
+                got = prod(target.chunk)
                 raise ValueError(f"targets: got a chunk of {got} numbers in {name!r}, wanted at most the head's {most}")
-        return cuts
+        return cuts, start_scales(found, *self._start)
 
-    def _flat_weights(self, hidden: Tensor | AdditiveHidden, ids: Tensor | None) -> dict[str, AbsentWeight]:
+    def _flat_weights(
+        self, hidden: Tensor | AdditiveHidden, ids: Tensor | None, scales: dict[str, Any]
+    ) -> dict[str, AbsentWeight]:
+        for name in ("order", "backend"):
+            if getattr(self, name) is not None:
+                raise ValueError(f'{name}: got {getattr(self, name)!r}, wanted None: the layout "flat" has but one')
         weights: dict[str, AbsentWeight] = {}
         start, bias = 0, self.head_biases[0] if len(self.head_biases) else None
         for name, target in self.targets.items():
-            given: dict[str, Any] = {"head_bias": bias, "scale": target.scale, "context_ids": ids}
+            given: dict[str, Any] = {"head_bias": bias, "scale": scales[name], "context_ids": ids}
             weights[name] = FlatWeight(hidden, self.heads[0], target.shape, start, **given)
             start += target.numbers
         return weights
@@ -272,14 +287,14 @@ class HyperNet(nn.Module):
         return f"targets={len(self.targets)}, width={self.width}, {context}, {own:,} parameters for {made:,} weights"
 
 
-def _split(hidden: Tensor | AdditiveHidden, counts: list[int]) -> list[Tensor | AdditiveHidden]:
-    if isinstance(hidden, AdditiveHidden):
-        return [AdditiveHidden(hidden.context, part, hidden.activation) for part in hidden.chunks.split(counts)]
-    return list(hidden.split(counts, -2))
+def _split(hidden: Tensor | AdditiveHidden, targets: Collection[Target]) -> list[Tensor | AdditiveHidden]:
+    """Each target's chunks, as its grid."""
+    own = hidden.chunks[:, 0] if isinstance(hidden, AdditiveHidden) else hidden
+    parts = own.split([target.chunks for target in targets], -2)
+    grids = [part.unflatten(-2, (target.grid.I, target.grid.J)) for part, target in zip(parts, targets)]
+    return [hidden.with_chunks(grid) for grid in grids] if isinstance(hidden, AdditiveHidden) else grids
 
 
-def _grid_of(hidden: Tensor | AdditiveHidden, grid: Grid) -> Tensor | AdditiveHidden:
-    if isinstance(hidden, AdditiveHidden):
-        chunks = hidden.chunks.reshape(grid.I, grid.J, -1)
-        return AdditiveHidden(hidden.context, chunks, hidden.activation)
-    return hidden.unflatten(-2, (grid.I, grid.J))
+def _count(chunks: dict[str, slice]) -> int:
+    """How many there are, of all targets together."""
+    return max(own.stop for own in chunks.values())

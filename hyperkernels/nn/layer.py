@@ -17,6 +17,7 @@ from hyperkernels.form import autocast_enabled
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import find_context
+from hyperkernels.nn.start import normal_contexts, second_moments
 from hyperkernels.nn.trunk import FreeTrunk, Trunk, check_sizes
 from hyperkernels.weight import GeneratedWeight
 
@@ -80,7 +81,7 @@ class HyperLayer(nn.Module):
         """A new trunk (the layer's own; one that was passed in stays), and heads and bias as a dense layer's vary."""
         if self._owns_hypernet:
             self.hypernet.reset_parameters()  # type: ignore[operator]
-        moment = hidden_second_moment(self.hypernet, self.context_features, self.head)
+        moment = second_moments(self.hypernet, normal_contexts(self.context_features, self.head)).mean()
         std = (3 * self.fan_in * self.width * moment).rsqrt()
         for head in (self.head, self.bias_head):
             if head is not None:
@@ -122,10 +123,7 @@ class HyperLayer(nn.Module):
             return hidden, self.bias
         J = self.grid.J
         if isinstance(hidden, AdditiveHidden):
-            weight, last = (
-                AdditiveHidden(hidden.context, part, hidden.activation)
-                for part in (hidden.chunks[:, :J], hidden.chunks[:, J:])
-            )
+            weight, last = hidden.with_chunks(hidden.chunks[:, :J]), hidden.with_chunks(hidden.chunks[:, J:])
         else:
             weight, last = hidden[..., :J, :], hidden[..., J:, :]
         contexts = _contexts(hidden)
@@ -233,16 +231,3 @@ def weight_of(dense: Any) -> Tensor:
 
 def _contexts(hidden: Hidden) -> int:
     return hidden.shape[0] if len(hidden.shape) == 4 else 1
-
-
-def hidden_second_moment(hypernet: Callable[[Any], Hidden], context_features: int | None, like: Tensor) -> Tensor:
-    """Mean of hidden squared: exact for a static hypernetwork, else over a few standard normal contexts."""
-    contexts: list[Tensor | None] = [None]
-    if context_features is not None:
-        contexts = list(torch.randn(16, 1, context_features, dtype=like.dtype, device=like.device))
-    moments = []
-    for z in contexts:
-        hidden = hypernet(z)
-        dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
-        moments.append(dense.float().square().mean())
-    return torch.stack(moments).mean().clamp_min(1e-6)

@@ -12,10 +12,39 @@ from hyperkernels.chunking import Grid, check_chunk
 from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
-STRATEGIES = ("chunk", "once", "multi_head", "component")
-COMPONENTS = ("row", "column", "layer")
+CHOICES = {
+    "strategy": ("chunk", "once", "multi_head", "component"),
+    "component": ("row", "column", "layer"),
+    "layout": ("tiles", "flat"),
+    "heads": (None, "shared", "shape", "layer"),
+    "init": ("fan_in", "fan_out"),
+    "nonlinearity": ("relu", "linear"),
+}
 Chunk = tuple[int, int] | int | None
-LEAST_VARIANCE = 1e-4  # of what is to start at zero: a scale of zero would keep it there
+
+
+def check_choices(**given: str | None) -> None:
+    for name, value in given.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(str, CHOICES[name]))}")
+
+
+def check_settings(
+    strategy: str, component: str, layout: str, chunk: Chunk, heads: str | None, descriptors: bool
+) -> None:
+    """A setting that would not be heeded beside the others is refused."""
+    if layout == "flat":
+        if not (strategy == "chunk" and isinstance(chunk, int) and heads in (None, "shared") and not descriptors):
+            raise ValueError('layout: got "flat", wanted with it a number as chunk, one shared head, no descriptors')
+        check_sizes(chunk=chunk)
+    if strategy in ("once", "component") and chunk is not None:
+        raise ValueError(f'chunk: got {chunk!r}, wanted None: the strategy "{strategy}" says what a chunk is')
+    if strategy != "component" and component != "row":
+        raise ValueError(f'component: got {component!r}, wanted with it the strategy "component", got "{strategy}"')
+    if strategy == "multi_head" and heads not in (None, "layer"):
+        raise ValueError(f'heads: got {heads!r}, wanted None: with the strategy "multi_head" each chunk has its own')
+    if strategy == "multi_head" and descriptors:
+        raise ValueError('descriptors: got True, wanted another strategy than "multi_head": a head for other chunks')
 
 
 class Found(NamedTuple):
@@ -40,7 +69,6 @@ class Target(NamedTuple):
     shape: tuple[int, ...]
     grid: Grid
     kernel: tuple[int, ...]
-    scale: float
 
     @property
     def chunk(self) -> tuple[int, ...]:
@@ -90,7 +118,7 @@ def find_targets(
     return {name: known.get(name, Found(tuple(shape))) for name, shape in found.items()}
 
 
-def cut(name: str, found: Found, chunk: Chunk, width: int, strategy: str, component: str, scale: float) -> Target:
+def cut(name: str, found: Found, chunk: Chunk, width: int, strategy: str, component: str) -> Target:
     """What was found as a target, with the chunks that the strategy gives it."""
     shape, groups, _ = found
     N, K, *kernel = shape if len(shape) > 1 else (*shape, 1)
@@ -109,27 +137,22 @@ def cut(name: str, found: Found, chunk: Chunk, width: int, strategy: str, compon
         rows, cols = (min(size, extent) for size, extent in zip(check_chunk(chunk), (own, K)))
         while groups > 1 and own % rows:
             rows -= 1
-    return Target(shape, Grid(N, K, rows, cols), tuple(kernel), scale)
+    return Target(shape, Grid(N, K, rows, cols), tuple(kernel))
 
 
-def start_scales(found: Mapping[str, Found], init: str, nonlinearity: str) -> dict[str, float]:
-    """The standard deviation that each target is to have at the start, by Chang et al. 2020.
-
-    With c = 2 for relu and 1 otherwise, a weight varies by `c / (k d_in)`, where k is 2 if the bias of its layer is
-    generated too and 1 else, and that bias by `c / 2`; or, by fan_out, `c / d_out` and
-    `max(0, c (1 - d_in / d_out))`, but `LEAST_VARIANCE` for that 0: what is scaled by nothing cannot learn.
-    """
-    c = 2.0 if nonlinearity == "relu" else 1.0
-    scales = {}
-    for name, target in found.items():
-        is_bias = len(target.shape) == 1
-        layer = name.removesuffix("bias" if is_bias else "weight")
-        d_out, d_in = found.get(f"{layer}weight", target).fans
-        if is_bias:
-            variance = c / 2 if init == "fan_in" else max(LEAST_VARIANCE, c * (1 - d_in / d_out))
-        elif init == "fan_in":
-            variance = c / ((1 + (f"{layer}bias" in found)) * d_in)
-        else:
-            variance = c / d_out
-        scales[name] = variance**0.5
-    return scales
+def share_heads(
+    targets: Mapping[str, Target], strategy: str, heads: str | None, size: tuple[int] | None
+) -> tuple[dict[str, int], list[tuple[int, ...]]]:
+    """Which head each target reads, and the sizes of the heads, of a head for each chunk how many first; of a `size`
+    that is given there is one, of the flat layout."""
+    each = strategy == "multi_head"
+    heads = "layer" if each else heads or ("layer" if strategy == "once" else "shared")
+    keys: dict[Any, int] = {}
+    head_of = {}
+    for name, target in targets.items():
+        key = {"shape": target.chunk, "layer": name}.get(heads)
+        head_of[name] = keys.setdefault(key, len(keys))
+    sizes: list[tuple[int, ...]] = [size or ()] * len(keys)
+    for name, target in targets.items() if size is None else ():
+        sizes[head_of[name]] = max(sizes[head_of[name]], (*(target.chunks,) * each, prod(target.chunk)))
+    return head_of, sizes

@@ -232,5 +232,5 @@ class ColumnTrunk(nn.Module):
 
 def check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
-        if size is not None and (not isinstance(size, int) or size < 1):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"{name}: got {size!r}, wanted a positive integer")

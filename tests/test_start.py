@@ -1,0 +1,126 @@
+"""How a `HyperNet` starts: the variances of what it generates, and of activations through layers of it."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hyperkernels as hk
+from hyperkernels.weight import form
+
+
+@pytest.mark.parametrize("init", ["fan_in", "fan_out"])
+def test_each_target_has_the_variance_of_its_own_fan(init):
+    shapes = {"wide": (64, 256), "narrow": (256, 64), "kernel": (64, 32, 3, 3)}
+    nets = [hk.HyperNet(shapes, width=16, chunk=(16, 16), init=init) for _ in range(24)]
+    for name, (N, K, *kernel) in shapes.items():
+        fan = (K if init == "fan_in" else N) * (9 if kernel else 1)
+        moments = [form(net()[name]).square().mean() for net in nets]
+        assert 0.9 < torch.stack(moments).mean() * fan / 2 < 1.1, name
+
+
+LAYERS = {
+    "convolution": (lambda: nn.Conv2d(8, 32, 3), 8 * 9, 32 * 9),
+    "grouped": (lambda: nn.Conv2d(8, 32, 3, groups=4), 2 * 9, 8 * 9),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 32, 3), 8 * 9, 32 * 9),
+    "transposed_grouped": (lambda: nn.ConvTranspose2d(8, 32, 3, groups=4), 2 * 9, 8 * 9),
+}
+
+
+@pytest.mark.parametrize(("make", "fan_in", "fan_out"), LAYERS.values(), ids=LAYERS)
+def test_fans_are_what_an_output_sums_and_an_input_reaches(make, fan_in, fan_out):
+    for init, fan in (("fan_in", fan_in), ("fan_out", fan_out)):
+        nets = [hk.HyperNet(make(), width=16, chunk=(2, 2), init=init) for _ in range(24)]
+        moment = torch.stack([form(net()["weight"]).square().mean() for net in nets]).mean()
+        assert 0.85 < moment * fan / 2 < 1.15
+
+
+def second_moments(shapes, **settings):
+    nets = [hk.HyperNet(shapes, **({"width": 16, "chunk": (16, 16)} | settings)) for _ in range(48)]
+    made = [net() for net in nets]
+    return {name: torch.stack([form(w[name]).square().mean() for w in made]).mean().item() for name in shapes}
+
+
+def test_a_generated_bias_takes_its_half_of_the_variance():
+    found = second_moments({"fc.weight": (128, 64), "fc.bias": (128,), "out.weight": (32, 128)})
+    assert found == pytest.approx({"fc.weight": 1 / 64, "fc.bias": 1, "out.weight": 2 / 128}, rel=0.15)
+    found = second_moments({"fc.weight": (128, 64), "fc.bias": (128,)}, init="fan_out", nonlinearity="linear")
+    assert found == pytest.approx({"fc.weight": 1 / 128, "fc.bias": 0.5}, rel=0.15)
+
+
+class Deep(nn.Module):
+    """Ten layers of different widths, and the second moment after each."""
+
+    def __init__(self, widths=(256, 64, 512, 64, 256, 128, 512, 64, 128, 512, 256)):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths))
+
+    def forward(self, x):
+        moments = []
+        for layer in self.layers:
+            x = F.relu(layer(x))
+            moments.append(x.square().mean())
+        return torch.stack(moments)
+
+
+def test_activations_keep_their_size_through_ten_layers_as_they_do_not_by_torchs_start():
+    x, found = torch.randn(64, 256), {"ours": [], "torch's": []}
+    for _ in range(16):
+        hyper = hk.HyperModel(Deep(), hk.HyperNet(Deep(), width=32))
+        found["ours"].append(hyper(x).detach())
+        for parameter in [*hyper.hypernet.heads, hyper.hypernet.embedding]:  # as nn.Linear and nn.Embedding start
+            bound = len(parameter) ** -0.5
+            nn.init.uniform_(parameter, -bound, bound) if parameter.shape[0] == 32 else nn.init.normal_(parameter)
+        nn.init.ones_(hyper.hypernet.scales)
+        found["torch's"].append(hyper(x).detach())
+    ours, torchs = (torch.stack(moments).mean(0) for moments in found.values())
+    assert ours.min() > 0.3
+    assert ours.max() < 3
+    assert torchs[-1] > 1e6 or torchs[-1] < 1e-6
+
+
+def test_what_fan_out_starts_at_zero_can_learn():
+    net = hk.HyperNet({"fc.weight": (4, 16), "fc.bias": (4,)}, init="fan_out", width=4, chunk=(4, 4))
+    bias = form(net()["fc.bias"])
+    assert 0 < bias.abs().max() < 0.1
+    bias.sum().backward()
+    assert net.heads[net.head_of["fc.bias"]].grad.abs().max() > 0
+
+
+class Growing(nn.Module):
+    """A trunk whose output grows from chunk to chunk, and with z."""
+
+    def forward(self, embedding, context=None):
+        hidden = embedding * torch.arange(1.0, len(embedding) + 1)[:, None]
+        return hidden if context is None else hidden * context.norm(dim=1)[:, None, None]
+
+
+@pytest.mark.parametrize("heads", ["shared", "layer"])
+@pytest.mark.parametrize("layout", [{"chunk": (16, 16)}, {"layout": "flat", "chunk": 256}], ids=["tiles", "flat"])
+def test_a_target_has_its_variance_whatever_the_trunk_makes_of_its_chunks(heads, layout):
+    shapes = {"first": (64, 128), "last": (128, 64)}
+    if "layout" in layout and heads == "layer":
+        layout = layout | {"chunk": 250}  # chunks straddle the two
+        heads = None
+    found = second_moments(shapes, trunk=Growing(), heads=heads, **layout)
+    assert found == pytest.approx({"first": 2 / 128, "last": 2 / 64}, rel=0.15)
+
+
+def test_the_trunks_output_is_measured_by_what_it_sees():
+    """Tasks' own embeddings, and what an encoder makes of data, however small."""
+    tasks = hk.nn.Tasks(9, 4)
+    nn.init.normal_(tasks.weight, std=0.01)
+    data = nn.Linear(6, 4, bias=False)
+    nn.init.normal_(data.weight, std=0.01)
+    batch, moments = torch.randn(12, 6), {"tasks": [], "data": []}
+    for _ in range(16):
+        given = {"context_features": 4, "width": 16, "trunk": Growing(), "chunk": (16, 16)}
+        by_task = hk.HyperNet({"w": (64, 64)}, encoder=tasks, **given)
+        by_data = hk.HyperNet({"w": (64, 64)}, encoder=data, **given)
+        by_data.reset_parameters(batch)
+        moments["tasks"].append(form(by_task(torch.arange(9))["w"]).square().mean())
+        moments["data"].append(form(by_data(batch)["w"]).square().mean())
+    for name, found in moments.items():
+        assert 0.85 < torch.stack(found).mean() * 64 / 2 < 1.15, name
