@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,7 +47,7 @@ def hyperize_(
 
     The new layers keep dtype, device (meta as well), training mode and whether parameters are frozen, and for whoever
     reads their `weight` it is a `GeneratedWeight`. Left alone, with the reason in the report: subclasses of these, the
-    model itself, parts of a hyper layer, layers whose weight is shared or parametrized, and layers with hooks.
+    model itself, layers whose weight is shared or parametrized, and layers with hooks. Into hyper layers nobody looks.
 
     A Hugging Face model that is swapped so is saved by `save_pretrained` and comes back by `from_pretrained`, once
     `hyperkernels.huggingface` has been imported.
@@ -98,7 +99,9 @@ def hyperize_(
         _share_heads([part for layer, parts in built.items() if configs[layer].share_head for part in parts])
         for layer, parts in built.items():
             learned = [parameter.requires_grad for parameter in layer.parameters()]
-            new: Any = HyperResidual(layer, parts) if configs[layer].mode == "residual" else parts[0]
+            new: Any = parts[0]
+            if configs[layer].mode == "residual":  # what is another's as well goes on learning there, a copy is frozen
+                new = HyperResidual(copy.deepcopy(layer) if _shared(model, layer, names[layer]) else layer, parts)
             new.config = configs[layer] if configs[layer].rank else replace(configs[layer], chunk=parts[0].chunk)
             for name in names[layer]:
                 model.set_submodule(name, new)
@@ -125,9 +128,10 @@ def _share_heads(layers: list[HyperLayer]) -> None:
 def _other_matrices(model: nn.Module) -> dict[str, str]:
     """Other layers that hold a matrix or more: nobody should wonder why they were not swapped."""
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (*HYPER, nn.Embedding)) or _hyper_kind(module):
-            continue
+    known = (*HYPER, nn.Embedding, HyperLayer, HyperResidual)
+    for module, (name, *_) in _names(
+        model, lambda module: not (isinstance(module, known) or _hyper_kind(module))
+    ).items():
         for own, parameter in module.named_parameters(recurse=False):
             stacked = parameter.dim() > 2 and min(parameter.shape) > 1  # experts, one on another
             if stacked or (parameter.dim() > 1 and own.startswith("weight")):
@@ -180,18 +184,19 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
 
 
 def _names(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[Any, list[str]]:
-    """Each module that is wanted, with every name it goes by."""
+    """Each module that is wanted and no part of a hyper layer, with every name it goes by."""
+    outer = [module for module in model.modules() if isinstance(module, (HyperLayer, HyperResidual))]
+    parts = {part for layer in outer for part in layer.modules() if part is not layer}
     names: dict[Any, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if wanted(module):
+        if module not in parts and wanted(module):
             names.setdefault(module, []).append(name)
     return names
 
 
 def hyper_layers(model: nn.Module) -> dict[Any, list[str]]:
     """Each hyper layer, but those that are part of another, with every name it goes by."""
-    names = _names(model, lambda module: isinstance(module, (HyperLayer, HyperResidual)))
-    return {layer: found for layer, found in names.items() if not any(_inside_hyper_layer(model, n) for n in found)}
+    return _names(model, lambda module: isinstance(module, (HyperLayer, HyperResidual)))
 
 
 def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], config: HyperConfig | None) -> str:
@@ -203,12 +208,10 @@ def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], config: Hype
         return "its weight is parametrized"
     if layer._parameters.get("weight") is None:
         return "its weight is no plain parameter"
-    if any(_inside_hyper_layer(model, name) for name in names):
-        return "it is part of a hyper layer"
     if not (config is not None and config.output_head):
-        owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
-        if len(owners) > len(names):
-            return f"its weight is shared with {next(n for n in owners if n.rpartition('.')[0] not in names)}"
+        shared = _shared(model, layer, names)
+        if shared:
+            return shared
         if layer is getattr(model, "get_output_embeddings", lambda: None)():
             return "it is the output head: HyperConfig(output_head=True) swaps it"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -216,10 +219,13 @@ def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], config: Hype
     return ""
 
 
-def _inside_hyper_layer(model: nn.Module, name: str) -> bool:
-    parts = name.split(".") if name else []
-    outer = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts)))
-    return any(isinstance(module, (HyperLayer, HyperResidual)) for module in outer)
+def _shared(model: nn.Module, layer: Any, names: list[str]) -> str:
+    """Which of the layer's parameters another module has as well; "" for none."""
+    own = {parameter: name for name, parameter in layer.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in own and name.rpartition(".")[0] not in names:
+            return f"its {own[parameter]} is shared with {name}"
+    return ""
 
 
 def _hyper_layers_like(layer: Any, config: HyperConfig, dry_run: bool) -> list[HyperLayer]:
