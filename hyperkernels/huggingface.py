@@ -142,9 +142,21 @@ def remember(model: Any) -> None:
     elif isinstance(getattr(model.config, "quantization_config", None), HyperLayersConfig):
         del model.config.quantization_config
 
-    def in_step(keys: Mapping[str, str] | None, escape: Any) -> dict[str, str]:
-        own = {name: other for name, other in (keys or {}).items() if name.rpartition(".")[0] not in found}
-        return own | {escape(path): other for path, other in heads.items()}
+    own, before = _own_ties(model), model.all_tied_weights_keys
+    if type(model)._tied_weights_keys and (not own or own.keys() - before.keys()):  # they have parted, or are back
+        model.config.tie_word_embeddings = bool(own)
+    model._tied_weights_keys = {re.escape(path): other for path, other in (own | heads).items()}
+    model.all_tied_weights_keys = own | heads
 
-    model._tied_weights_keys = in_step(type(model)._tied_weights_keys, re.escape)
-    model.all_tied_weights_keys = in_step(model.all_tied_weights_keys, str)
+
+def _own_ties(model: Any) -> dict[str, str]:
+    """The ties of the model's class that are there, or, before a file is loaded, will be. A layer that was swapped has
+    parted from the other, and stays so when it is merged."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    known = (type(model)._tied_weights_keys or {}) | model.all_tied_weights_keys
+    return {
+        name: other
+        for name, other in known.items()
+        if {name, other} <= parameters.keys()
+        and (name in model.all_tied_weights_keys or parameters[name] is parameters[other])
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -24,6 +25,7 @@ CONFIGS = {
     "low_rank": hk.HyperConfig(width=4, mode="residual", rank=2, context_features=3),
     "patterns": {r".*\.attn\..*": hk.HyperConfig(width=3), r".*c_fc": None, r".*": hk.HyperConfig(width=5)},
     "output_head": hk.HyperConfig(width=4, output_head=True),
+    "residual_output_head": hk.HyperConfig(width=4, mode="residual", rank=2, output_head=True),
 }
 
 
@@ -91,6 +93,43 @@ def test_sharded_in_half_precision_and_merged(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     dense = tf.GPT2LMHeadModel.from_pretrained(tmp_path / "dense").eval()
     torch.testing.assert_close(logits(dense), logits(model))
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("mode", ["replace", "fit", "residual"])
+@pytest.mark.parametrize("build", [gpt2, t5])
+def test_an_output_head_that_parted_from_the_embedding_stays_so(build, mode, tmp_path):
+    """Swapped, merged, saved and loaded; given back, it is tied again."""
+    model, inputs = build(), {"decoder_input_ids": IDS} if build is t5 else {}
+    report = hk.hyperize_(model, {"lm_head": hk.HyperConfig(width=4, chunk=(8, 8), mode=mode, output_head=True)})
+    assert model.get_input_embeddings().weight.requires_grad
+    with torch.no_grad():
+        for parameter in model.lm_head.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        wanted = model(IDS, **inputs).logits
+        model.tie_weights()
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(loaded(IDS, **inputs).logits, wanted)
+        for found in (loaded, hk.merge_(copy.deepcopy(model))):
+            hk.merge_(found).tie_weights()
+            torch.testing.assert_close(found(IDS, **inputs).logits, wanted)
+            found.save_pretrained(tmp_path / "merged")
+            again = type(model).from_pretrained(tmp_path / "merged").eval()
+            torch.testing.assert_close(again(IDS, **inputs).logits, wanted)
+    assert found.config.tie_word_embeddings == (build is t5)  # whose encoder and decoder have one embedding still
+    report.restore()
+    assert model.config.tie_word_embeddings
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "restored")
+    again = type(model).from_pretrained(tmp_path / "restored")
+    assert again.lm_head.weight is again.get_input_embeddings().weight
 
 
 def damaged(tmp_path, change_config=None, change_file=None):
