@@ -26,8 +26,10 @@ def path() -> Path | None:
     given = os.environ.get("HYPERKERNELS_CALIBRATION", "")
     if given == "off":
         return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else cache / "hyperkernels" / "calibration.json"
+    if given:
+        return Path(given)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "hyperkernels" / "calibration.json"
 
 
 def machine_key() -> str:
@@ -55,12 +57,14 @@ def apply(values: dict[str, float]) -> None:
 def load() -> None:
     """Apply what was saved for this machine; a file that cannot be read changes nothing, and is pointed out."""
     file = path()
-    if file is None or not file.exists():
+    if file is None:
         return
     try:
         found: dict[str, Any] = json.loads(file.read_text())
         if found["format"] == FORMAT and found["machine"] == machine_key():
             apply(found["constants"])
+    except (FileNotFoundError, PermissionError):  # there is none, or none for this user
+        return
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
             f"{file}: no calibration ({error}): delete it, or run `hyperkernels bench --calibrate`", stacklevel=2

@@ -108,10 +108,13 @@ def _explain(arguments: argparse.Namespace) -> int:
     (N, K), m = arguments.shape, arguments.width or WIDTH
     rows, cols = arguments.chunk or default_chunk(N, K, m)
     I, J, G = -(-N // rows), -(-K // cols), arguments.contexts
+    tokens = arguments.tokens or G
+    if tokens % G:
+        raise UsageError(f"--tokens: got {tokens}, wanted as many for each of {G} contexts: a multiple of {G}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: torch sees no CUDA device here; leave it out for the plan on a CPU")
     like: dict[str, Any] = {"device": arguments.device, "dtype": DTYPES[arguments.dtype]}
-    lead = (arguments.tokens,) if G == 1 else (G, max(1, arguments.tokens // G))
+    lead = (tokens,) if G == 1 else (G, tokens // G)
     x, head = torch.empty(*lead, K, **like), torch.empty(m, rows, cols, **like)
     hidden: Any = torch.empty(I, J, m, **like)
     if G > 1:
@@ -146,7 +149,8 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _advise(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    given = {name: getattr(arguments, name) for name in ("contexts", "tokens", "budget", "device")}
+    given = {name: getattr(arguments, name) for name in ("contexts", "budget", "device")}
+    given["tokens"] = arguments.tokens or arguments.contexts
     advice = hk.advise(arguments.shape, **given)
     rows = [asdict(proposal) for proposal in advice.proposals]
     if arguments.json:
@@ -179,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     from hyperkernels.call import ORDERS
 
     whole = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="hyperkernels",
         description="Hypernetworks whose weights are never formed: measure them here, and see what would run.",
         epilog=f"examples:\n  hyperkernels bench --quick\n  hyperkernels report\n  hyperkernels env\n\n{EXIT_CODES}",
@@ -190,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, what: str, *examples: str, more: str = "") -> argparse.ArgumentParser:
         found = commands.add_parser(
             name,
+            allow_abbrev=False,
             help=what,
             description=f"{what[0].upper()}{what[1:]}.{more}",
             epilog="examples:\n"
@@ -251,7 +257,7 @@ def parser() -> argparse.ArgumentParser:
     for each in (explain, advise):
         each.add_argument("shape", type=shape_of, metavar="NxK")
         each.add_argument("--contexts", type=positive, default=1, help="weights at a time (1)")
-        each.add_argument("--tokens", type=positive, default=1, help="rows of x in all (1)")
+        each.add_argument("--tokens", type=positive, help="rows of x in all (one for each context)")
         each.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     explain.add_argument("--chunk", type=shape_of, metavar="RxC", help="the planner's by default")
     explain.add_argument("--width", type=positive, help="m (32)")

@@ -25,6 +25,15 @@ def kept(monkeypatch, tmp_path):
     calibration.apply(before)
 
 
+def test_a_user_without_a_home_has_no_calibration(monkeypatch):
+    monkeypatch.delenv("HYPERKERNELS_CALIBRATION")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(calibration.os.path, "expanduser", lambda path: path)  # what there is of "~" then
+    before = calibration.constants()
+    calibration.load()
+    assert calibration.constants() == before
+
+
 def save(path, constants, machine=None):
     machine = calibration.machine_key() if machine is None else machine
     path.write_text(json.dumps({"format": calibration.FORMAT, "machine": machine, "constants": constants}))

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,15 +21,16 @@ from hyperkernels import cli
 
 pytest.importorskip("rich", reason="the command line draws its tables with rich")
 pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
-from hyperkernels.bench import case, command, linear, measure, results, suites
+from hyperkernels.bench import case, command, linear, measure, results, run, suites
 
+CEILINGS = {"gflop_per_s": 100.0, "gb_per_s": 20.0}
 TINY = ("--quick", "--shape", "64x64", "--rounds", "2")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _ceilings():
     """Measured for real in one test alone: it takes seconds."""
-    with patch.object(command, "ceilings", lambda _device: {"gflop_per_s": 100.0, "gb_per_s": 20.0}):
+    with patch.object(command, "ceilings", lambda _device: CEILINGS):
         yield
 
 
@@ -83,6 +85,53 @@ def test_a_case_whose_library_is_missing_has_not_failed(tmp_path, monkeypatch, c
     monkeypatch.setattr(suites, "linear", absent)
     assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "x.json")]) == 0
     assert "transformers is not installed" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("raised", "wanted"),
+    [
+        (AssertionError(), "AssertionError"),
+        (TypeError("one line\nand more"), "one line"),
+        (OSError("no room"), "no room"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_whatever_a_case_raises_the_others_are_measured(raised, wanted, tmp_path, monkeypatch):
+    whole, calls = suites.linear, iter(range(9))
+
+    def first_raises(*given, **more):
+        if next(calls) == 0:
+            raise raised
+        return whole(*given, **more)
+
+    monkeypatch.setattr(suites, "linear", first_raises)
+    path = tmp_path / "x.json"
+    assert cli.main(["bench", "decode", "memory", *TINY, "--json", str(path)]) == 1
+    failed, *others = results.load(path)["rows"]
+    assert wanted in failed["failed"]
+    assert others
+    assert not any(row["failed"] for row in others)
+
+
+def test_a_check_that_says_nothing_is_a_failed_row_too(tmp_path):
+    def nothing():
+        raise AssertionError
+
+    checked = replace(linear.linear((32, 32), (4, 8), 4, B=2), check=nothing)
+    (row,) = run.run([("linear", lambda: checked)], 1, CEILINGS)
+    assert row["failed"] == "the case's own check failed"
+
+
+def test_a_baseline_that_raises_is_missing_and_the_others_are_measured():
+    def absent():
+        raise RuntimeError("no compiler\nand a long story")
+
+    whole = linear.linear((32, 32), (4, 8), 4, B=2)
+    whole.contestants["materialise-compiled"] = absent
+    (row,) = run.run([("linear", lambda: whole)], 1, CEILINGS)
+    assert row["failed"] is None
+    assert row["missing"]["materialise-compiled"] == "no compiler"
+    assert row["times"].keys() == whole.contestants.keys() - {"materialise-compiled"}
 
 
 def test_a_wrong_result_is_a_failed_row_however_fast(tmp_path, monkeypatch, capsys):
@@ -219,6 +268,10 @@ def test_env_explain_and_advise_speak_to_people_and_programs(capsys):
         (["bench", "linear", "--device", "cuda"], "torch sees no CUDA device"),
         (["bench", "linear", "--backend", "triton"], "triton cannot do this here"),
         (["bench", "linear", "--json", "/dev/null/x.json"], "cannot write there"),
+        (["bench", "linear", "--json", "."], "is no file"),
+        (["bench", "linear", "--csv", "/dev/null"], "is no file"),
+        (["bench", "linear", *TINY, "--bas", "HEAD"], "unrecognized arguments: --bas"),
+        (["explain", "64x64", "--contexts", "3", "--tokens", "64"], "a multiple of 3"),
         (["bench", "linear", *TINY, "--base", "no-such-commit"], "wanted a commit of"),
         (["report", "nowhere.json"], "cannot read it"),
         (["plot", "nowhere.json"], "cannot read it"),

@@ -215,7 +215,7 @@ def _native(
         threads, split = 1, Split("t", False)
     block = _blocks(call, sizes, formed)
     block[split.label] = min(block[split.label], ceil_div(sizes[split.label], threads))
-    again = ceil_div(rows, block["t"] * (threads if split.label == "t" else 1))  # times that a thread reads its operands
+    again = ceil_div(rows, block["t"] * (threads if split.label == "t" else 1))  # times that a thread reads them
     while True:
         native = _cpu.Step(
             extent=[sizes[label] for label in LABELS],

@@ -79,7 +79,8 @@ def bench(arguments: argparse.Namespace) -> int:
         if found["rows"]:  # else what an earlier run saved stays
             _save(arguments, found)
     print_rows(found, base)
-    print(f"\nresults: {arguments.json}")
+    if found["rows"]:
+        print(f"\nresults: {arguments.json}")
     return int(not found["complete"] or any(row["failed"] for row in found["rows"]))
 
 

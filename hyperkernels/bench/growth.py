@@ -34,6 +34,7 @@ def layer(weights: float, B: int = 4, m: int = 16, ours: Ours = Ours()) -> Case:
 
     def run(backend: str | None, order: str | None = None) -> dict[str, Tensor]:
         generated.backend, generated.order = backend, order
+        generated.zero_grad()  # as after an optimizer's step: nobody pays for adding to what was there
         y = generated(x)
         y.square().mean().backward()
         return {"y": y.detach()[:, picked]}
@@ -71,6 +72,7 @@ def layer(weights: float, B: int = 4, m: int = 16, ours: Ours = Ours()) -> Case:
 
 def _step(module: nn.Module, x: Tensor) -> Callable[[], None]:
     def run() -> None:
+        module.zero_grad()
         module(x).square().mean().backward()
 
     return run

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import hyperkernels as hk
+from hyperkernels.backends import native_cpu
 from hyperkernels.environment import cpu_info
 
 WARM_S = 0.01
@@ -85,7 +86,7 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
     product = min(timed(lambda: a @ a, device) for _ in range(10))
     copy = min(timed(lambda: target.copy_(source), device) for _ in range(10))
     found = {"gflop_per_s": 2 * size**3 / product / 1e9, "gb_per_s": 2 * source.nbytes / copy / 1e9}
-    if device == "cpu":
+    if device == "cpu" and not native_cpu.MISSING:
         spin, threads = import_module("hyperkernels._cpu").peak_flops_per_s, torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool:
             together = [sum(pool.map(lambda _: spin(), range(threads))) for _ in range(5)]

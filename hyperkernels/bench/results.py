@@ -58,6 +58,8 @@ def check_writable(path: Path) -> None:
 
 
 def _part(path: Path) -> tuple[int, str]:
+    if path.exists() and not path.is_file():
+        raise ResultsError(f"{path}: is no file: give the path of one, which may not be there yet")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,10 +89,30 @@ def _empty(suite: str, name: str) -> dict[str, Any]:
     return {"suite": suite, "case": name, **parts, "rounds": 0, "failed": None}
 
 
+def _runnable(case: Case) -> Case:
+    """The case without the baselines that raise, each of which is missing for what it said."""
+    contestants, missing = {}, dict(case.missing)
+    for name, call in case.contestants.items():
+        try:
+            call()
+        except Exception as error:  # what is not ours may raise anything, a compiler's errors and a device's included
+            if name in ENGINES or name == case.eager:
+                raise
+            missing[name] = _first_line(error) or type(error).__name__
+        else:
+            contestants[name] = call
+    return replace(case, contestants=contestants, missing=missing)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def measure(
     case: Case, suite: str, rounds: int, ceilings: dict[str, float], device: str, tick: Callable[[], None]
 ) -> dict[str, Any]:
     """A row of the results. A case whose check fails is a row that failed, not one that was fast."""
+    case = _runnable(case)
     row = _empty(suite, case.name) | {"values": case.values, "missing": case.missing}
     verdicts = judge(case)
     row["errors"] = {name: {**v.error._asdict(), "right": v.right} for name, v in verdicts.items()}
@@ -102,7 +123,7 @@ def measure(
         try:
             case.check()
         except AssertionError as error:
-            row["failed"] = str(error).strip().splitlines()[0] or "the case's own check failed"
+            row["failed"] = _first_line(error) or "the case's own check failed"
     clocks = {name: Clock(call, device) for name, call in case.contestants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     for _ in range(rounds):
@@ -147,8 +168,7 @@ def run(
             yield measure(case, suite, rounds, ceilings, device, lambda name=name: told(name))
         except ModuleNotFoundError as error:  # nothing is wrong, but it cannot be measured here
             yield _empty(suite, name) | {"missing": {"the case": f"{error.name} is not installed"}}
-        except (RuntimeError, ValueError, MemoryError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            yield _empty(suite, name) | {"failed": reason}
+        except Exception as error:  # whatever a compiler, a device or a baseline raises: the other cases go on
+            yield _empty(suite, name) | {"failed": _first_line(error) or type(error).__name__}
         while done < rounds:
             told(name)
