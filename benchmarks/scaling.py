@@ -41,6 +41,7 @@ def measure(weights: float, how: str) -> dict[str, Any]:
     x = torch.randn(B, size, requires_grad=True)
 
     def step() -> None:
+        layer.zero_grad()
         layer(x).square().mean().backward()
 
     step()

@@ -28,6 +28,10 @@ def test_where_flops_decide_the_speed_is_theirs():
         assert 0.3 < p.speed * p.flops < 3
 
 
+def test_a_plan_for_a_cuda_device_needs_none():
+    assert advise((4096, 4096), device="cuda").best.rank == 4096
+
+
 def test_a_budget_is_kept():
     advice = advise((512, 512), budget=9000)
     assert advice.proposals

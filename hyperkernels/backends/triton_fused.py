@@ -44,6 +44,8 @@ def supports(call: Call, order: str | None) -> tuple[bool, str]:
         return False, "triton is not installed"
     if call.device != "cuda" and not (call.device == "cpu" and interpreted()):
         return False, f"it runs on CUDA devices, and the tensors are on {call.device}"
+    if call.device == "cuda" and not torch.cuda.is_available():
+        return False, "torch sees no CUDA device here"
     if call.device == "cuda" and (torch.version.hip or torch.cuda.get_device_capability() < OLDEST):
         return False, "it runs on NVIDIA devices of compute capability 8.0 and later"
     if call.dtype not in DTYPES:

@@ -44,8 +44,8 @@ def calibrate(results: Path) -> int:
     before = calibration.constants()
     after = fitted(points, before)
     off = [median(_off(p, values) for p in points) for values in (before, after)]
-    picture = draw(points, {"as shipped": before, "fitted": after}, results.with_name("hyperkernels-calibration.png"))
-    print(f"{len(points)} calls; the model is off by {off[0]:.2f} times as shipped, {off[1]:.2f} times fitted (median)")
+    picture = draw(points, {"as it was": before, "fitted": after}, results.with_name("hyperkernels-calibration.png"))
+    print(f"{len(points)} calls; the model is off by {off[0]:.2f} times as it was, {off[1]:.2f} times fitted (median)")
     for name in calibration.CONSTANTS:
         print(f"  {name:20} {before[name]:12.4g} -> {after[name]:12.4g}")
     print(f"picture: {picture}")
