@@ -22,14 +22,14 @@ CONSTANTS = (*NATIVE, *TORCH)
 
 
 def path() -> Path | None:
-    """Where the constants are kept; None where they are switched off."""
+    """Where the constants are kept; None where they are switched off, or nobody has a home to keep them in."""
     given = os.environ.get("HYPERKERNELS_CALIBRATION", "")
     if given == "off":
         return None
     if given:
         return Path(given)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "hyperkernels" / "calibration.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if cache.startswith("~") else Path(cache) / "hyperkernels" / "calibration.json"
 
 
 def machine_key() -> str:

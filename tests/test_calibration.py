@@ -30,6 +30,7 @@ def test_a_user_without_a_home_has_no_calibration(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(calibration.os.path, "expanduser", lambda path: path)  # what there is of "~" then
     before = calibration.constants()
+    assert calibration.path() is None
     calibration.load()
     assert calibration.constants() == before
 

@@ -228,6 +228,7 @@ def test_a_change_of_a_frozen_layer(rank):
         torch.testing.assert_close(read, model[0](x))
     assert not torch.allclose(changed, dense, atol=1e-2)
     torch.testing.assert_close(hk.merge_(copy.deepcopy(model), z[0])(x), changed)
+    assert "0.base" not in hk.hyperize_(model, hk.HyperConfig(width=4)).skipped
 
 
 def test_a_change_of_a_convolution():

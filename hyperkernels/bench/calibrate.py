@@ -38,7 +38,7 @@ def calibrate(results: Path) -> int:
     """Measure, fit, keep; exit code 0, or 1 where the fit is no better than what the model had."""
     target = calibration.path()
     if target is None:
-        raise ValueError("HYPERKERNELS_CALIBRATION is off: unset it, or name a file")
+        raise ValueError("HYPERKERNELS_CALIBRATION is off, or there is no home folder: name a file in it")
     torch.manual_seed(0)
     points = measured()
     before = calibration.constants()

@@ -59,7 +59,8 @@ def run_linears(model: nn.Module, *lead: int, train: bool = False) -> Callable[[
     def run() -> None:
         with torch.set_grad_enabled(train):
             for (layer, _), x in zip(layers, inputs):
-                layer.zero_grad()
+                if train:
+                    layer.zero_grad()
                 y = layer(x)
                 if train:
                     y.backward(y.detach())
