@@ -2,7 +2,8 @@
 
 `W = sum_k hidden[:, :, k] (x) head[k]`, so that `<W, W'> = sum_{k,l} (H^T H')[k,l] (P P'^T)[k,l]` with H `[I*J, m]` and
 P `[m, rows*cols]`: `m x m` matrices in the place of weights. All is differentiable in hidden, head and head_bias.
-Weights in chunks of a flat vector are taken as well, except by `chunk_norms`.
+Weights in chunks of a flat vector are taken as well, except by `chunk_norms`. Of weights in half precision, and under
+autocast, all is computed in fp32, and so returned: a sum of squares soon exceeds fp16.
 """
 
 from __future__ import annotations
@@ -20,16 +21,40 @@ from hyperkernels.chunking import Grid
 from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight
 from hyperkernels.functional import hyper_linear
-from hyperkernels.matrices import Matrix
+from hyperkernels.matrices import Matrix, unrounded
 from hyperkernels.weight import AbsentWeight, shape_of
 
 
 def _matrices(a: AbsentWeight, b: AbsentWeight) -> tuple[Matrix, Matrix]:
     left = Matrix.of(a, "a")
-    right = left if b is a else Matrix.of(b, "b")
+    return left, left if b is a else Matrix.of(b, "b")
+
+
+def _check_chunks(left: Matrix, right: Matrix, name: str = "b") -> tuple[Matrix, Matrix]:
     if left.cut != right.cut:
-        raise ValueError(f"b: got chunks of {right.cut}, wanted a's {left.cut}")
+        raise ValueError(f"{name}: got chunks of {right.cut}, wanted {left.cut}")
     return left, right
+
+
+def _check_pair(left: Matrix, right: Matrix, name: str = "b") -> tuple[Matrix, Matrix]:
+    """To be taken context by context."""
+    own, other = left.hidden.shape[0], right.hidden.shape[0]
+    if min(own, other) > 1 and own != other:
+        raise ValueError(f"{name}: got {other} contexts, wanted {own}, or one")
+    return _check_chunks(left, right, name)
+
+
+def _all(weights: Mapping[str, AbsentWeight], argument: str = "weights") -> dict[str, Matrix]:
+    """Of as many contexts each."""
+    found = {name: Matrix.of(weight, f"{argument}[{name!r}]") for name, weight in weights.items()}
+    if not found:
+        raise ValueError(f"{argument}: got none, wanted at least one")
+    wanted = next(iter(found.values())).hidden.shape[0]
+    for name, matrix in found.items():
+        if matrix.hidden.shape[0] != wanted:
+            got = matrix.hidden.shape[0]
+            raise ValueError(f"{argument}[{name!r}]: got {got} contexts, wanted {wanted}, as the first has")
+    return found
 
 
 def _root(square: Tensor) -> Tensor:
@@ -43,11 +68,14 @@ def _each(found: Tensor) -> Tensor:
     return found[0] if len(found) == 1 else found
 
 
-def gram(a: AbsentWeight, b: AbsentWeight | None = None) -> Tensor:
+@unrounded
+def gram(a: AbsentWeight, b: AbsentWeight | None = None, *, centred: bool = False) -> Tensor:
     """`<W_g, W'_h>` for every context g of a and h of b, which is a by default: `[G, G']`.
 
     Args:
         a, b: generated weights of the same shape, cut into the same chunks.
+        centred: whether of weights less the mean over their contexts. As W is linear in hidden, that is less its mean:
+            contexts that nearly agree lose no digits, as they would in a Gram matrix that is centred afterwards.
 
     Memory: hidden `[G, I*J, m]` twice, and `m x m`. No weight is formed, and cropped edges are left out exactly.
 
@@ -60,10 +88,13 @@ def gram(a: AbsentWeight, b: AbsentWeight | None = None) -> Tensor:
         >>> hk.algebra.gram(weight).shape
         torch.Size([5, 5])
     """
-    left, right = _matrices(a, a if b is None else b)
+    left, right = _check_chunks(*_matrices(a, a if b is None else b))
+    if centred:
+        left, right = matrices.centred(left), matrices.centred(right)
     return torch.stack([u @ v.T for u, v in matrices.pairs(left, right)]).sum(0)
 
 
+@unrounded
 def inner(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`<W_g, W'_g> = sum_{n,k} W_g[n,k] W'_g[n,k]`, context by context: `[G]`, or a number where each has one.
 
@@ -75,15 +106,16 @@ def inner(a: AbsentWeight, b: AbsentWeight) -> Tensor:
         >>> hk.algebra.inner(weight, weight)
         tensor(56.)
     """
-    left, right = _matrices(a, b)
-    return _each(matrices.inner(left, right))
+    return _each(matrices.inner(*_check_pair(*_matrices(a, b))))
 
 
+@unrounded
 def norm(a: AbsentWeight) -> Tensor:
     """`||W_g||`, the Frobenius norm: `[G]`, or a number. Its square, summed, is weight decay on what is generated."""
     return _root(inner(a, a))
 
 
+@unrounded
 def chunk_norms(a: AbsentWeight) -> Tensor:
     """`||W_g[i, j]||` of every chunk, `[G, I, J]`: `sqrt(h^T (P P^T) h)`, cropped edges left out exactly."""
     matrix = Matrix.of(a, "a")
@@ -101,77 +133,94 @@ def chunk_norms(a: AbsentWeight) -> Tensor:
     return _root(found)
 
 
+@unrounded
 def squared_distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`||W_g - W'_g||^2`, context by context: `[G]`, or a number.
 
     Of equal widths the difference is `sum_k (h_k - h'_k) (x) p_k + h'_k (x) (p_k - p'_k)`, a generated weight as well:
     weights that nearly agree lose no digits to each other. Arguments and errors as for `inner`.
     """
-    left, right = _matrices(a, b)
-    return _each(matrices.squared_distances([(left, right)]))
+    return _each(matrices.squared_distances([_check_pair(*_matrices(a, b))]))
 
 
+@unrounded
 def distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`||W_g - W'_g||`, context by context: `[G]`, or a number. As `squared_distance`."""
     return _root(squared_distance(a, b))
 
 
+@unrounded
 def cosine(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`<W_g, W'_g> / (||W_g|| ||W'_g||)`, context by context: `[G]`, or a number. As `inner`."""
     a, b = made(a), made(b)
-    return inner(a, b) / (norm(a) * norm(b)).clamp_min(torch.finfo(a.dtype).tiny)
+    norms = norm(a) * norm(b)
+    return inner(a, b) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def spectral_norm(a: AbsentWeight, iterations: int = 20) -> Tensor:
+@unrounded
+def spectral_norm(a: AbsentWeight, iterations: int = 1000, tol: float = 1e-4) -> Tensor:
     """The largest singular value of `W_g` as a matrix `[N, K * positions]`: `[G]`, or a number.
 
     By power iteration, each round two contractions, `v <- W^T W v / ||W^T W v||`, from the same vector in every call;
-    what comes back, `||W v||`, is differentiable with that v.
+    what comes back, `||W v||`, never too large but for rounding, is differentiable with that v.
 
     Args:
         a: a generated weight.
-        iterations: rounds, positive.
+        iterations: the most rounds, positive.
+        tol: the relative error at which rounds end, estimated by the last gain times the rounds so far, which is what
+            is missing where many singular values lie close. 0 runs all rounds, and never waits for the device.
 
     Raises:
-        TypeError, ValueError: a is no generated weight, or iterations no positive integer.
+        TypeError, ValueError: a is no generated weight, iterations no positive integer, or tol negative.
+
+    Example:
+        >>> import torch, hyperkernels as hk
+        >>> hk.algebra.spectral_norm(hk.GeneratedWeight(torch.ones(2, 2, 1), torch.ones(1, 4, 4), (8, 8)))
+        tensor(8.)
 
     Source: the power iteration of Miyato et al. 2018 (spectral normalisation).
     """
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations: got {iterations!r}, wanted a positive integer")
-    a = made(a)
-    along, back, K = _products(a)
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(K, generator=generator, dtype=torch.float64).to(a.head).expand(a.contexts, 1, K)
+    if not tol >= 0:
+        raise ValueError(f"tol: got {tol!r}, wanted 0 or more")
+    along, back, v = _products(made(a))
     with torch.no_grad():
-        for _ in range(iterations):
-            v = F.normalize(back(along(v)), dim=-1)
+        before = None
+        for n in range(iterations):
+            u = along(v)
+            found = u.norm(dim=-1)
+            if tol and before is not None and bool((n * (found - before) <= tol * found).all()):
+                break
+            before, v = found, F.normalize(back(u), dim=-1)
     return _each(along(v).norm(dim=-1)[:, 0])
 
 
-def _products(a: AbsentWeight) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]:
-    """`v -> W v` and `u -> W^T u`, of a context's entry each, and how long v is."""
-    if not isinstance(a, FlatWeight):
-        matrix = Matrix.of(a, "a")
-        hidden, head, cut = matrices.formed(matrix.hidden), matrix.head, matrix.cut
-        assert isinstance(cut, Grid)
-        N, K, turned = cut.out_features, cut.in_features, head.mT
+def _products(a: AbsentWeight) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]:
+    """`v -> W v` and `u -> W^T u`, of a context's entry each, and the first v, of length 1."""
+    matrix = Matrix.of(a, "a")
+    N, K = (*shape_of(a)[:1], prod(shape_of(a)[1:]))
+    generator = torch.Generator().manual_seed(0)
+    v = F.normalize(torch.randn(K, generator=generator, dtype=torch.float64), dim=0)
+    v = v.to(matrix.head).expand(a.contexts, 1, K)
+    hidden, head, cut = matrices.formed(matrix.hidden), matrix.head, matrix.cut
+    if isinstance(cut, Grid):
+        turned = head.mT
         if head.dim() == 4:  # one for each chunk: they move with the chunks
             turned = turned.unflatten(0, (cut.I, cut.J)).transpose(0, 1).flatten(0, 1)
         back = partial(hyper_linear, hidden=hidden.transpose(1, 2), head=turned, out_features=K)
-        return partial(hyper_linear, hidden=hidden, head=head, out_features=N), back, K
-    N, K = shape_of(a)[0], prod(shape_of(a)[1:])
-    given = {"head_bias": a.settings["head_bias"], "scale": a.scale}
-    along = partial(F.linear, weight=FlatWeight(a.hidden, a.head, (N, K), a.start, **given))
+        return partial(hyper_linear, hidden=hidden, head=head, out_features=N), back, v
+    along = partial(F.linear, weight=FlatWeight(hidden[:, 0], head[:, 0], (N, K), cut.start))
 
     @torch.enable_grad()
     def back_through(u: Tensor) -> Tensor:
         v = u.new_zeros(len(u), 1, K, requires_grad=True)
         return torch.autograd.grad(along(v), v, u)[0]
 
-    return along, back_through, K
+    return along, back_through, v
 
 
+@unrounded
 def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str, AbsentWeight]) -> Tensor:
     """`mean_g sum_l ||W_l(z_g) - W*_l(z_g)||^2`: how far what is generated for earlier tasks has moved from what was.
 
@@ -197,9 +246,12 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
     """
     if weights.keys() != earlier.keys():
         raise ValueError(f"earlier: got {sorted(earlier)}, wanted {sorted(weights)}")
-    return matrices.squared_distances([_matrices(weights[name], earlier[name]) for name in weights]).mean()
+    own, others = _all(weights), _all(earlier, "earlier")
+    couples = [_check_pair(own[name], others[name], f"earlier[{name!r}]") for name in own]
+    return matrices.squared_distances(couples).mean()
 
 
+@unrounded
 def weight_decay(weights: Mapping[str, AbsentWeight]) -> Tensor:
     """`mean_g sum_l ||W_l(z_g)||^2`: the L2 penalty on what is generated, a number."""
     return total_norm(weights).square().mean()
@@ -215,7 +267,7 @@ def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWe
         limit: the largest ratio, positive.
 
     Returns:
-        `||g||` before.
+        `||g||` before, 0 where there are no gradients.
 
     Raises:
         ValueError: limit is not positive.
@@ -224,13 +276,15 @@ def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWe
     """
     if not limit > 0:
         raise ValueError(f"limit: got {limit!r}, wanted a positive number")
+    most = limit * total_norm(weights).mean()
     gradients = [p.grad for p in parameters if p.grad is not None]
     found = torch.nn.utils.get_total_norm(gradients)
-    most = limit * total_norm(weights).mean()
-    torch._foreach_mul_(gradients, (most / found.clamp_min(1e-12)).clamp_max(1.0).item())
+    if gradients:
+        torch._foreach_mul_(gradients, (most / found.clamp_min(1e-12)).clamp_max(1.0).item())
     return found
 
 
+@unrounded
 def total_norm(weights: Mapping[str, AbsentWeight]) -> Tensor:
     """`sqrt(sum_l ||W_l||^2)` over all that a hypernetwork generates: `[G]`, or a number."""
-    return _each(_root(matrices.sum_of_squares([Matrix.of(weight, name) for name, weight in weights.items()])))
+    return _each(_root(matrices.sum_of_squares(_all(weights).values())))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,6 +18,19 @@ from hyperkernels.watched import transformed
 from hyperkernels.weight import AbsentWeight, is_one
 
 
+def unrounded(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Outside of autocast, which would take products, and squares with them, in half precision."""
+
+    @wraps(run)
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return run(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return run(*args, **kwargs)
+
+    return full
+
+
 class Stretch(NamedTuple):
     """Numbers `start` to `end` of a vector in chunks of `size`: how a `FlatWeight` lies in them."""
 
@@ -26,9 +40,10 @@ class Stretch(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A generated weight, its scale and head_bias among its factors: hidden `[G, I, J, m]`, formed or additive, head
-    `[m, rows, cols]` or `[I*J, m, rows, cols]`, the positions of a kernel among its columns; and a key of what the head
-    is made of. Of a stretch of a vector the chunks are a row, hidden `[G, 1, C, m]` and head `[m, 1, size]`."""
+    """A generated weight in fp32 at least, its scale and head_bias among its factors: hidden `[G, I, J, m]`, formed or
+    additive, head `[m, rows, cols]` or `[I*J, m, rows, cols]`, the positions of a kernel among its columns; and a key
+    of what the head is made of. Of a stretch of a vector the chunks are a row, hidden `[G, 1, C, m]` and head `[m, 1,
+    size]`."""
 
     hidden: Tensor | AdditiveHidden
     head: Tensor
@@ -40,15 +55,17 @@ class Matrix(NamedTuple):
         weight = made(weight)  # of a layer's own
         if not isinstance(weight, AbsentWeight):
             raise TypeError(f"{name}: got {type(weight).__name__}, wanted a GeneratedWeight")
-        head, bias = weight.head, weight.settings["head_bias"]
+        dtype = torch.promote_types(weight.head.dtype, torch.float32)
+        head, bias = weight.head.to(dtype), weight.settings["head_bias"]
+        bias = bias if bias is None else bias.to(dtype)
         if isinstance(weight, FlatWeight):
             start, end, size = weight.start, weight.start + weight.numel(), head.shape[-1]
             first = start // size
-            hidden = weight.hidden_of(first, ceil_div(end, size))[:, None]
+            hidden = weight.hidden_of(first, ceil_div(end, size))[:, None].to(dtype)
             head, bias = head[:, None], None if bias is None else bias[None]
             cut, per_chunk, kernel = Stretch(start - first * size, end - first * size, size), False, []
         else:
-            hidden = weight.hidden
+            hidden = weight.hidden.to(dtype)
             N, K, *kernel = (*weight.shape, 1) if weight.dim() == 1 else weight.shape
             per_chunk = head.dim() == 4 + len(kernel)
             head = head.flatten(per_chunk + 2)
@@ -99,6 +116,12 @@ def parts_of(matrix: Matrix) -> Iterator[Part]:
 def formed(hidden: Tensor | AdditiveHidden) -> Tensor:
     """`[G, I, J, m]`."""
     return hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
+
+
+def centred(matrix: Matrix) -> Matrix:
+    """Less the mean over its contexts, which is that of hidden."""
+    hidden = formed(matrix.hidden)
+    return matrix._replace(hidden=hidden - hidden.mean(0))
 
 
 def together(hiddens: list[Any]) -> Tensor:
@@ -162,6 +185,7 @@ class Squares(torch.autograd.Function):
         return (through * hidden).sum((1, 2))
 
     @staticmethod
+    @unrounded
     def backward(ctx, d):
         hidden, head, through = ctx.saved_tensors
         needs, factors = ctx.needs_input_grad, (hidden, head)
@@ -203,6 +227,7 @@ class Apart(torch.autograd.Function):
         return torch.bmm(through.reshape(len(own), 1, -1), hidden.view(len(own), -1, 1)).view(-1)
 
     @staticmethod
+    @unrounded
     def backward(ctx, d):
         *factors, hidden, both, through = ctx.saved_tensors
         needs, (own, others, *_) = ctx.needs_input_grad, factors
@@ -221,9 +246,6 @@ class Apart(torch.autograd.Function):
 
 
 def inner(left: Matrix, right: Matrix) -> Tensor:
-    own, other = left.hidden.shape[0], right.hidden.shape[0]
-    if min(own, other) > 1 and own != other:
-        raise ValueError(f"b: got {other} contexts, wanted a's {own}, or one")
     return torch.stack([(u * v).sum(1) for u, v in pairs(left, right)]).sum(0)
 
 

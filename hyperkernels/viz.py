@@ -109,10 +109,10 @@ def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:
     return axis
 
 
-def _gram(weights: Weights) -> Tensor:
+def _gram(weights: Weights, centred: bool = False) -> Tensor:
     own = weights.values() if isinstance(weights, Mapping) else [weights]
     with torch.no_grad():
-        return torch.stack([algebra.gram(weight) for weight in own]).sum(0).double().cpu()
+        return torch.stack([algebra.gram(weight, centred=centred) for weight in own]).sum(0).double().cpu()
 
 
 def similarity(weights: Weights, names: Sequence[str] | None = None, axis: Any = None) -> Any:
@@ -142,12 +142,11 @@ def similarity(weights: Weights, names: Sequence[str] | None = None, axis: Any =
 def pca(weights: Weights, names: Sequence[str] | None = None, axis: Any = None) -> Any:
     """Contexts by the first two principal components of their weights, from the Gram matrix: distances in the plane
     are as near as a plane allows to distances of weights. As `similarity`, of two contexts at least."""
-    gram = _gram(weights)
+    gram = _gram(weights, centred=True)
     _check_names(names, len(gram))
     if len(gram) < 2:
         raise ValueError(f"weights: got {len(gram)} context, wanted two at least")
-    centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
-    values, vectors = torch.linalg.eigh(centred)
+    values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0)
     x, y = (vectors[:, -1 - n] * values[-1 - n].sqrt() for n in range(2))
     shares = values.flip(0)[:2] / values.sum().clamp_min(1e-300)
