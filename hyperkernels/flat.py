@@ -17,7 +17,7 @@ from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.operators import check_context_ids
 from hyperkernels.planner import workspace_bytes
 from hyperkernels.watched import transformed
-from hyperkernels.weight import FORM, FUNCTIONS, AbsentWeight, absent, formed_of, shape_of
+from hyperkernels.weight import CONVOLUTION, FORM, FUNCTIONS, AbsentWeight, absent, formed_of, shape_of
 
 
 class FlatWeight(AbsentWeight):
@@ -114,18 +114,22 @@ def _span(weight: FlatWeight, begin: int, end: int) -> Tensor:
     return weight.scale * torch.cat(pieces, 1)
 
 
-def _by_rows(weight: FlatWeight, apply: Callable[[Tensor], Tensor], dim: int) -> Tensor:
-    """`apply(rows [G, n, *])` for as many rows of the layer as fit half the workspace, side by side at `dim`; backward
-    forms them again."""
+def _by_rows(weight: FlatWeight, apply: Callable[[Tensor, slice], Tensor], dim: int, groups: int = 1) -> Tensor:
+    """`apply(rows [G, n, *], own)` for as many rows of the layer as fit half the workspace, side by side at `dim`;
+    backward forms them again. They are whole groups, which `own` tells, or part of one."""
     count, *rest = shape_of(weight)
     width = prod(rest)
     most = max(1, workspace_bytes() // 2 // (weight.contexts * width * weight.head.dtype.itemsize))
 
     def run(begin: int, end: int) -> Tensor:
         rows = _span(weight, begin * width, end * width)
-        return apply(rows.reshape(len(rows), end - begin, *rest))
+        of_groups = slice(begin // size, ceil_div(end, size))
+        return apply(rows.reshape(len(rows), end - begin, *rest), of_groups)
 
-    blocks = [(row, min(row + most, count)) for row in range(0, count, most)]
+    size = count // groups
+    whole = max(1, most // size) * size
+    ends = [(first, min(first + whole, count)) for first in range(0, count, whole)]
+    blocks = [(row, min(row + most, end)) for first, end in ends for row in range(first, end, min(most, whole))]
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(run, *block, use_reentrant=False) for block in blocks], dim)
     return torch.cat([run(*block) for block in blocks], dim)
@@ -152,7 +156,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         return NotImplemented
     weight, bias = _entries(weight, input, bias)
     x = input.reshape(weight.contexts, prod(input.shape[:-1]) // max(weight.contexts, 1), shape_of(weight)[1])
-    y = _by_rows(weight, lambda rows: x @ rows.mT, -1).reshape(*input.shape[:-1], shape_of(weight)[0])
+    y = _by_rows(weight, lambda rows, _: x @ rows.mT, -1).reshape(*input.shape[:-1], shape_of(weight)[0])
     if bias is None:
         return y
     return y + (bias if bias.dim() == 1 else bias.reshape(len(bias), *[1] * (y.dim() - 2), -1))
@@ -162,18 +166,22 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
     def run(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any, **named: Any) -> Any:
         if isinstance(input, AbsentWeight) or not isinstance(weight, FlatWeight):
             return NotImplemented
-        if (given[3] if len(given) > 3 else named.get("groups", 1)) > 1:
-            return NotImplemented
         if input.dim() == len(shape_of(weight)) - 1:  # one image, and no batch
             return run(input[None], weight, bias, *given, **named)[0]
+        settings = dict(zip(CONVOLUTION.split(), given)) | named
+        groups, (N, K) = settings.pop("groups", 1), shape_of(weight)[:2]
+        if N % groups or input.shape[1] != K * groups:
+            raise ValueError(f"input: got shape {list(input.shape)}, wanted {K * groups} channels for {groups} groups")
         weight, bias = _entries(weight, input, bias)
 
-        def apply(rows: Tensor) -> Tensor:
+        def apply(rows: Tensor, of: slice) -> Tensor:
+            x = input[:, of.start * K : of.stop * K]
+            settings["groups"] = of.stop - of.start
             if len(rows) == 1:
-                return function(input, rows[0], None, *given, **named)
-            return torch.cat([function(x[None], own, None, *given, **named) for x, own in zip(input, rows)])
+                return function(x, rows[0], None, **settings)
+            return torch.cat([function(image[None], own, None, **settings) for image, own in zip(x, rows)])
 
-        y = _by_rows(weight, apply, 1)
+        y = _by_rows(weight, apply, 1, groups)
         return y if bias is None else y + bias[(..., *[None] * (y.dim() - 2))]
 
     return run

@@ -45,19 +45,22 @@ def of_classes(logits: Tensor) -> Classes:
     """`mean = E_s softmax(logits_s)`, its entropy `H(mean)`, and the members' disagreement `H(mean) - E_s H(p_s)`.
 
     Args:
-        logits: `[S, *, C]`, of S members.
+        logits: `[S, *, C]`, of S members; -inf for a class that cannot be.
 
     Raises:
         ValueError: fewer than two dimensions, or no member.
     """
     if logits.dim() < 2 or not len(logits):
         raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [S, *, C], one member at least")
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
+    p = logits.softmax(-1)
     mean = p.mean(0)
-    entropy = torch.special.entr(mean).sum(-1)
-    of_each = -(p * log_p).sum(-1).mean(0)
+    entropy, of_each = _entropy(mean), _entropy(p).mean(0)
     return Classes(mean, p.var(0, correction=0), entropy, (entropy - of_each).clamp_min(0))
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """`-sum_c p_c log p_c`, where 0 log 0 is 0, and so is its part of a gradient through a softmax."""
+    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 def of_values(y: Tensor) -> Values:

@@ -77,6 +77,22 @@ def test_convolution(contexts):
     assert_same(F.conv2d(x, weight, None, 2), wanted, leaves)
 
 
+@pytest.mark.parametrize("workspace", [1, 1 << 10, 1 << 26])
+@pytest.mark.parametrize("contexts", CONTEXTS)
+@pytest.mark.parametrize(("shape", "groups"), [((6, 3, 2, 2), 2), ((6, 2, 2, 2), 3), ((12, 1, 2, 2), 12)])
+def test_grouped_convolution(shape, groups, contexts, workspace, monkeypatch):
+    monkeypatch.setattr("hyperkernels.flat.workspace_bytes", lambda: workspace)
+    weight, formed, leaves = make(shape, 23, contexts)
+    x = torch.randn(3, shape[1] * groups, 5, 6, dtype=torch.float64)
+    bias = torch.randn(shape[0], dtype=torch.float64)
+    kernels = formed if formed.dim() == 5 else formed.expand(3, *formed.shape)
+    wanted = torch.cat([F.conv2d(v[None], w, bias, padding=1, groups=groups) for v, w in zip(x, kernels)])
+    assert_same(F.conv2d(x, weight, bias, padding=1, groups=groups), wanted, leaves)
+    assert_same(F.conv2d(x, weight, bias, 1, 1, 1, groups), wanted, leaves)
+    with pytest.raises(ValueError, match=f"input: .* wanted {x.shape[1]} channels for {groups} groups"):
+        F.conv2d(x[:, :-1], weight, groups=groups)
+
+
 def test_no_tokens():
     weight, _, _ = make((8, 14), 33, "per_entry")
     assert F.linear(torch.randn(3, 0, 14).double(), weight).shape == (3, 0, 8)

@@ -55,6 +55,20 @@ def test_members_that_agree_and_members_that_do_not():
     assert of_classes(torn).disagreement.item() == pytest.approx(math.log(2))
 
 
+def test_a_class_that_cannot_be_adds_nothing():
+    logits = torch.randn(4, 5, 3).double().requires_grad_()
+    with_one_more = torch.cat([logits, torch.full((4, 5, 1), -math.inf)], -1)
+    one_member = torch.cat(
+        [logits[..., :2], torch.where(torch.arange(4) == 0, -math.inf, logits[..., 2].mT).mT[..., None]], -1
+    )
+    for got, wanted in zip(of_classes(with_one_more)[2:], of_classes(logits)[2:]):
+        torch.testing.assert_close(got, wanted)
+    for given in (with_one_more, one_member):
+        found = of_classes(given)
+        assert all(value.isfinite().all() for value in found)
+        assert torch.autograd.grad((found.entropy + found.disagreement).sum(), logits)[0].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "run",
     [lambda: of_classes(torch.ones(3)), lambda: of_values(torch.ones(0, 3)), lambda: members(torch.ones(3), 0)],
