@@ -19,6 +19,7 @@ from hyperkernels.form import (
     check_tensors,
     check_whole,
     find_grid,
+    if_more_for_each,
 )
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.planner import workspace_bytes
@@ -130,6 +131,7 @@ def conv_form(
     elif contexts not in (1, B):
         raise ValueError(
             f"x: got {B} images, wanted {contexts}, one for each of hidden's contexts; or give context_ids"
+            + if_more_for_each(B, contexts, f"torch.arange({contexts})")
         )
     entries, tokens = (B, 1) if ids is not None or contexts > 1 else (1, B)
     results = grid.in_features * groups if transposed else grid.out_features

@@ -130,6 +130,7 @@ def _find_call(
             raise ValueError(
                 f"x: got shape {list(x)}, wanted [{contexts}, *, {K}], an entry for each of hidden's "
                 f"{contexts} contexts; or give context_ids"
+                + (if_more_for_each(lead[0], contexts, f"torch.arange({contexts})") if lead else "")
             )
         entries, tokens = contexts, prod(lead[1:])
     return Call(grid, width, contexts, entries, tokens, len(head) == 4, by_ids is not None, activation, dtype, device)
@@ -204,17 +205,30 @@ def _check_dtype_and_device(name: str, value: Tensor | AdditiveHidden, x: Tensor
         raise ValueError(f"{name}: on {value.device}, wanted x's device {x.device}")
 
 
-def check_ids(context_ids: Tensor, x: Tensor, most: int) -> None:
+def check_ids_are_whole(context_ids: Tensor) -> None:
     if not isinstance(context_ids, Tensor) or context_ids.dtype not in (torch.int32, torch.int64):
         got = context_ids.dtype if isinstance(context_ids, Tensor) else type(context_ids).__name__
         raise TypeError(f"context_ids: got {got}, wanted an int32 or int64 tensor")
-    depth = context_ids.dim()
-    if not 1 <= depth <= most or context_ids.shape != x.shape[:depth]:
-        raise ValueError(
-            f"context_ids: got shape {list(context_ids.shape)}, wanted leading dimensions of x {list(x.shape)}"
-        )
+    if context_ids.dim() < 1:
+        raise ValueError("context_ids: got a scalar, wanted leading dimensions of x")
+
+
+def check_ids(context_ids: Tensor, x: Tensor, most: int) -> None:
+    check_ids_are_whole(context_ids)
+    depth, shape = context_ids.dim(), list(context_ids.shape)
+    if depth > most or context_ids.shape != x.shape[:depth]:
+        more = if_more_for_each(x.shape[0], shape[0], "context_ids") if depth == 1 else ""
+        raise ValueError(f"context_ids: got shape {shape}, wanted leading dimensions of x {list(x.shape)}{more}")
     if context_ids.device != x.device:
         raise ValueError(f"context_ids: on {context_ids.device}, wanted x's device {x.device}")
+
+
+def if_more_for_each(entries: int, ids: int, name: str) -> str:
+    """What to do where x has several entries for each id: beams of a search, samples of a request, parts of an image"""
+    if ids == 0 or entries <= ids or entries % ids:
+        return ""
+    each = entries // ids
+    return f": x has {entries} entries, {each} for each of {ids}, as of {each} beams: {name}.repeat_interleave({each})"
 
 
 def check_head_bias(head_bias: Tensor | None, grid: Grid, like: Tensor, kernel: tuple[int, ...] = ()) -> None:

@@ -5,6 +5,9 @@ config, and a quantizer of that name puts them into the model that `from_pretrai
 transformers lets other libraries change a model's layers, so that `AutoModel`, sharded files, dtypes and devices work
 as for any model. (`PyTorchModelHubMixin` would want a class of ours around each model.)
 
+Without this import transformers has no way to refuse: it warns of an "Unknown quantization type, got hyperkernels", and
+of weights that are missing, and gives a model of random layers.
+
     >>> import hyperkernels.huggingface
     >>> from transformers import AutoModelForCausalLM
     >>> model = AutoModelForCausalLM.from_pretrained("saved/by/save_pretrained")  # doctest: +SKIP
@@ -48,11 +51,7 @@ class HyperLayersConfig(QuantizationConfigMixin):
                 )
 
     def configs(self) -> dict[str, HyperConfig]:
-        found: dict[str, HyperConfig] = {}
-        for name, own in self.layers.items():
-            chunk: Any = own.get("chunk")
-            found[name] = replace(HyperConfig(**own), chunk=None if chunk is None else tuple(chunk))
-        return found
+        return {name: HyperConfig(**own) for name, own in self.layers.items()}
 
 
 @register_quantizer(NAME)

@@ -23,7 +23,7 @@ def unrounded(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(run)
     def full(*args: Any, **kwargs: Any) -> Any:
-        if not torch._C._is_any_autocast_enabled():
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
             return run(*args, **kwargs)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return run(*args, **kwargs)

@@ -50,7 +50,7 @@ def hyperize_(
     model itself, layers whose weight is shared or parametrized, and layers with hooks. Into hyper layers nobody looks.
 
     A Hugging Face model that is swapped so is saved by `save_pretrained` and comes back by `from_pretrained`, once
-    `hyperkernels.huggingface` has been imported.
+    `hyperkernels.huggingface` has been imported: before that transformers only warns, and its layers are random.
 
     Returns:
         A report to print; `report.restore()` puts the layers back.
@@ -93,6 +93,7 @@ def hyperize_(
                 sum(p.numel() for part in built[layer] for p in part.parameters()),
                 own.mode,
                 first.fit_error,
+                own.chunk,
             )
         )
     if not dry_run:
@@ -155,7 +156,8 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
 
     Raises:
         TypeError: model is no module.
-        ValueError: a conditional layer finds no context, or more than one. Nothing has been merged then.
+        ValueError: a conditional layer finds no context, or more than one; or there is a context and no conditional
+            layer. Nothing has been merged then.
 
     Example:
         >>> import torch, hyperkernels as hk
@@ -169,6 +171,9 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     names = hyper_layers(model)
+    parts = (part for layer in names for part in layer.modules() if isinstance(part, HyperLayer))
+    if context is not None and all(part.context_features is None for part in parts):
+        raise ValueError("context: got one, wanted None: no layer of the model is conditional")
     if context is None:
         built = {layer: layer.to_dense() for layer in names}
     else:
@@ -232,15 +237,16 @@ def _hyper_layers_like(layer: Any, config: HyperConfig, dry_run: bool) -> list[H
     """What is to stand for a dense layer, or be added to it; of a dry run on no device."""
     kind, weight = _hyper_kind(layer), layer.weight
     sizes = kind._sizes_of(layer)
+    chunk = None if config.chunk is None else tuple(map(min, config.chunk, weight_of(layer).shape))
     given: dict[str, Any] = {"width": config.width, "context_features": config.context_features}
     given["device"] = "meta" if dry_run else weight.device
     if config.mode == "fit":
-        layers = [kind.from_dense(layer, chunk=config.chunk, **given)]
+        layers = [kind.from_dense(layer, chunk=chunk, **given)]
     else:
         given["dtype"] = weight.dtype
         bias = False if config.mode == "residual" else (layer.bias is not None) if config.bias is None else config.bias
         if config.rank is None:
-            layers = [kind(**sizes, chunk=config.chunk, bias=bias, **given)]
+            layers = [kind(**sizes, chunk=chunk, bias=bias, **given)]
         else:
             layers = _low_rank(kind, sizes, config.rank, **given)
     for new in layers:

@@ -18,7 +18,8 @@ def tell_transformers(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class SwappedLayer:
-    """`error` is `||W - W_dense|| / ||W_dense||` of a layer that was fitted."""
+    """`error` is `||W - W_dense|| / ||W_dense||` of a layer that was fitted; `wanted` is the chunk that the config asks
+    for, `chunk` what the layer has room for."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,14 +28,18 @@ class SwappedLayer:
     parameters: int
     mode: str = "replace"
     error: float | None = None
+    wanted: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         rows, cols = self.chunk
+        cropped = f", cropped from {self.wanted[0]}x{self.wanted[1]}" if self.wanted not in (None, self.chunk) else ""
         how = {"fit": "fitted ", "residual": "a change "}.get(self.mode, "")
         grown = ", more than before" if self.parameters > self.parameters_before else ""
         error = "" if self.error is None else f", relative error {self.error:.3g}"
         counts = f"{self.parameters_before:,} -> {self.parameters:,} parameters{grown}"
-        return f"{self.name}: {'x'.join(map(str, self.shape))} {how}in chunks of {rows}x{cols}, {counts}{error}"
+        return (
+            f"{self.name}: {'x'.join(map(str, self.shape))} {how}in chunks of {rows}x{cols}{cropped}, {counts}{error}"
+        )
 
 
 class Swap(NamedTuple):

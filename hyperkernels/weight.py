@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d, hyper_co
 from hyperkernels.form import autocast, check_head_bias, check_tensors, grid_of_weight
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
+from hyperkernels.user_line import warn_at_users_line
 
 _warned: set[str] = set()
 
@@ -154,7 +154,7 @@ def _formed_for(name: str, weight: AbsentWeight) -> Tensor:
         raise RuntimeError(f"{name}: got a generated weight of {contexts} contexts, wanted one: W is not one tensor")
     if name not in _warned and len(shape) > 1:
         _warned.add(name)
-        warnings.warn(f"{name} forms a generated weight; F.linear, F.conv2d and matmul do not", stacklevel=6)
+        warn_at_users_line(f"{name} forms a generated weight; F.linear, F.conv2d and matmul do not")
     return form(weight)
 
 

@@ -79,6 +79,19 @@ BAD = {
     "ids_of_another_length": Bad(
         ValueError, r"context_ids: got shape \[2\], wanted leading", hidden=PER_CONTEXT, keywords=ids(0, 1)
     ),
+    "ids_of_fewer_entries": Bad(
+        ValueError,
+        r"context_ids: got shape \[2\], .* x has 6 entries, 3 for each of 2, .* context_ids\.repeat_interleave\(3\)",
+        x=torch.randn(6, 18),
+        hidden=PER_CONTEXT,
+        keywords=ids(0, 1),
+    ),
+    "fewer_contexts_than_entries": Bad(
+        ValueError,
+        r"x: got shape \[6, 18\], .* 6 entries, 2 for each of 3, .* torch\.arange\(3\)\.repeat_interleave\(2\)",
+        x=torch.randn(6, 18),
+        hidden=PER_CONTEXT,
+    ),
     "ids_other_device": Bad(
         ValueError, r"context_ids: on meta", hidden=PER_CONTEXT, keywords=ids(*[0] * 7, device="meta")
     ),
@@ -175,7 +188,9 @@ def test_hyper_linear_layer(keywords, message):
 def test_contexts_of_a_layer():
     layer = hk.HyperLinear(8, 8, context_features=3, width=4)
     x = torch.randn(5, 8)
-    with pytest.raises(ValueError, match=r"context: got none.*hyperkernels\.context"):
+    with pytest.raises(
+        ValueError, match=r"context: got none.*hyperkernels\.context.*hyperkernels\.recompute_in_context"
+    ):
         layer(x)
     with pytest.raises(ValueError, match=r"context: got shape \[5, 4\], wanted \[G, 3\]"):
         layer(x, torch.randn(5, 4))
@@ -187,6 +202,22 @@ def test_contexts_of_a_layer():
         layer(x)
     with pytest.raises(ValueError, match="context: this hypernetwork is static"):
         hk.HyperLinear(8, 8, width=4)(x, torch.randn(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (torch.tensor([0, 2]), ValueError, "context_ids: got values from 0 to 2, wanted 0 to 1"),
+        (torch.tensor([-1, 0]), ValueError, "context_ids: got values from -1 to 0, wanted 0 to 1"),
+        (torch.tensor([0.0]), TypeError, r"context_ids: got torch.float32, wanted an int32 or int64 tensor"),
+        ([0, 1], TypeError, "context_ids: got list, wanted an int32 or int64 tensor"),
+        (torch.tensor(0), ValueError, "context_ids: got a scalar"),
+    ],
+    ids=["too_large", "negative", "float", "list", "scalar"],
+)
+def test_ids_of_the_ambient_context_are_checked_at_once(given, error, message):
+    with pytest.raises(error, match=message):
+        hk.context(torch.randn(2, 3), context_ids=given)
 
 
 @pytest.mark.parametrize("width", [7, 9, 1])

@@ -129,6 +129,26 @@ def test_mixed_requests_give_token_for_token_what_separate_models_give(name):
     assert len({tuple(row[6:].tolist()) for row in mixed}) > 1
 
 
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_beams_of_mixed_requests(name):
+    """Each request's beams use its context; ids that are too few are said to be so, and what to do."""
+    case = model(name)
+    hk.hyperize_(case.model.eval(), hk.HyperConfig(width=8, context_features=4))
+    z, which, ids = torch.randn(3, 4), torch.tensor([2, 0]), torch.randint(3, 97, (2, 6))
+    given = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    with hk.context(z, which):
+        with torch.no_grad():  # generate repeats what an encoder made, in place
+            own = {"encoder_outputs": case.model.get_encoder()(ids)} if name == "t5" else {}
+        with pytest.raises(ValueError, match=r"x has 6 entries, 3 for each of 2.*context_ids\.repeat_interleave\(3\)"):
+            case.model.generate(ids, **given, **copy.deepcopy(own))
+    with hk.context(z, which.repeat_interleave(3)):
+        found = case.model.generate(ids, **given, **own)
+    for n, task in enumerate(which):
+        with hk.context(z[task]):
+            wanted = case.model.generate(ids[n : n + 1], **given)
+        assert torch.equal(found[2 * n : 2 * n + 2, : wanted.shape[1]], wanted)
+
+
 def test_what_is_left_alone_unless_asked_for():
     case = model("llama")
     report = hk.hyperize_(case.model, hk.HyperConfig(width=4), dry_run=True)

@@ -118,6 +118,26 @@ def test_conditional_layers_and_merge_for_one_context():
     torch.testing.assert_close(merged(x), wanted)
 
 
+def test_a_context_for_a_model_that_takes_none_is_refused():
+    model = mlp()
+    hk.hyperize_(model, hk.HyperConfig(width=4))
+    for static in (model, mlp(), model[0]):
+        with pytest.raises(ValueError, match="context: got one, wanted None: no layer of the model is conditional"):
+            hk.merge_(static, torch.randn(3))
+    assert isinstance(model[0], hk.HyperLinear)
+    model.append(hk.nn.HyperResidual(nn.Linear(4, 4), [hk.HyperLinear(4, 4, False, context_features=3)]))
+    hk.merge_(model, torch.randn(3))  # static layers ignore it beside others
+
+
+@pytest.mark.parametrize("mode", ["replace", "fit", "residual"])
+def test_a_chunk_is_cropped_to_a_layer_that_is_smaller(mode):
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4), nn.Conv2d(3, 5, 3))
+    report = hk.hyperize_(model, hk.HyperConfig(width=4, chunk=(8, 24), mode=mode))
+    assert [layer.chunk for layer in report.swapped] == [(8, 16), (4, 24), (5, 3)]
+    assert "chunks of 4x24, cropped from 8x24, " in str(report)
+    assert "cropped" not in str(hk.hyperize_(mlp(), hk.HyperConfig(width=4, chunk=(4, 16), mode=mode)))
+
+
 def test_keeps_dtype_mode_and_frozen_parameters():
     model = mlp().to(torch.bfloat16).eval()
     model[0].requires_grad_(False)
@@ -133,8 +153,10 @@ def test_keeps_dtype_mode_and_frozen_parameters():
 def test_nothing_changes_when_it_raises():
     model = mlp()
     before = list(model.modules())
-    with pytest.raises(ValueError, match="config: does not fit '0': chunk"):
-        hk.hyperize_(model, hk.HyperConfig(chunk=(0, 1)))
+    model.append(nn.ConvTranspose2d(4, 4, 2))
+    before.append(model[-1])
+    with pytest.raises(ValueError, match="config: does not fit '4': bias: got 'generated', wanted True or False"):
+        hk.hyperize_(model, hk.HyperConfig(bias="generated"))
     with pytest.raises(TypeError, match="model: got list"):
         hk.hyperize_([model])
     for keywords in ({"order": "fast"}, {"backend": "gpu"}):
@@ -163,8 +185,12 @@ def test_patterns_say_what_is_built_where():
     assert (model[0].width, model[2][0].width) == (5, 3)
     assert report.skipped == {"3": "config leaves '3'"}
     assert hk.hyperize_(mlp(), {"0": hk.HyperConfig()}).skipped["3"] == "no pattern of config matches it"
-    with pytest.raises(ValueError, match="config: 'nothing' matches no layer"):
+    with pytest.raises(ValueError, match=r"config: 'nothing' matches no layer: .*; the model has '0', '2\.0', '3'$"):
         hk.hyperize_(mlp(), {"nothing": hk.HyperConfig(), ".*": None})
+    with pytest.raises(ValueError, match=r"'2' matches no layer: .*re\.fullmatch.*'\.\*2\.\*' would match '2\.0'$"):
+        hk.hyperize_(mlp(), {"2": hk.HyperConfig()})
+    with pytest.raises(ValueError, match="the model has none"):
+        hk.hyperize_(nn.ReLU(), {"2": hk.HyperConfig()})
 
 
 @pytest.mark.parametrize("mode", ["replace", "fit", "residual"])
@@ -331,11 +357,24 @@ def test_a_layers_weight_is_there_for_who_reads_it():
         ({"rank": 0, "mode": "residual"}, "rank: got 0, wanted a positive integer"),
         ({"mode": "fit", "share_head": True}, "share_head"),
         ({"mode": "residual", "rank": 2, "chunk": (4, 4)}, r"chunk: got \(4, 4\), wanted None"),
+        ({"width": -1}, "width: got -1, wanted a positive integer"),
+        ({"width": "8"}, "width: got '8', wanted a positive integer"),
+        ({"width": None}, "width: got None, wanted a positive integer"),
+        ({"width": True}, "width: got True, wanted a positive integer"),
+        ({"context_features": 2.0}, r"context_features: got 2\.0, wanted a positive integer"),
+        ({"chunk": 5}, r"chunk: got 5, wanted \(rows, cols\)"),
+        ({"chunk": (0, 1)}, r"chunk: got \(0, 1\), wanted \(rows, cols\)"),
+        ({"share_head": "yes"}, "share_head: got 'yes', wanted True or False"),
+        ({"output_head": 1}, "output_head: got 1, wanted True or False"),
+        ({"bias": "made"}, "bias: got 'made', wanted None, True"),
     ],
 )
-def test_settings_that_do_not_go_together(keywords, match):
+def test_settings_that_are_none_or_do_not_go_together(keywords, match):
     with pytest.raises(ValueError, match=match):
         hk.HyperConfig(**keywords)
+
+
+def test_changes_have_no_biases():
     with pytest.raises(ValueError, match="change: got"):
         hk.nn.HyperResidual(nn.Linear(4, 4), [hk.HyperLinear(4, 4)])
 

@@ -91,6 +91,15 @@ def test_what_forms_it_is_right_and_says_so_once(run):
     assert weight.head.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("run", [lambda w: w + 1, lambda w: F.softmax(w, -1), lambda w: nn.Softmax(-1)(w)])
+def test_it_says_so_at_the_users_line(run, deferred):
+    weight = hk.HyperLinear(8, 4).weight if deferred else make()
+    with pytest.warns(UserWarning, match="forms a generated weight") as said:
+        run(weight)
+    assert (said[0].filename, said[0].lineno) == (__file__, run.__code__.co_firstlineno)
+
+
 @pytest.mark.parametrize("run", [lambda w: w.add_(1), lambda w: w.__setitem__(0, 1), lambda w: w.__imul__(2)])
 def test_it_is_not_changed_in_place(run):
     with pytest.raises(RuntimeError, match="cannot be changed in place"):

@@ -9,6 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hyperkernels.form import check_ids_are_whole
+from hyperkernels.operators import check_context_ids
+from hyperkernels.watched import transformed
+
 
 class _Ambient(local):  # Dynamo traces a thread-local's attributes; it cannot trace a ContextVar
     z: Tensor | None = None
@@ -18,8 +22,7 @@ class _Ambient(local):  # Dynamo traces a thread-local's attributes; it cannot t
 _ambient = _Ambient()
 
 
-@contextmanager
-def context(z: Tensor, context_ids: Tensor | None = None) -> Iterator[None]:
+def context(z: Tensor, context_ids: Tensor | None = None) -> AbstractContextManager[None]:
     """Condition every hyper layer called inside on `z`, unless the layer is called with a context of its own.
 
     Args:
@@ -29,9 +32,13 @@ def context(z: Tensor, context_ids: Tensor | None = None) -> Iterator[None]:
     Nests (the inner one counts), and belongs to the thread that entered it. Static layers ignore it. What backward
     recomputes (gradient checkpointing) finds the context where `recompute_in_context` keeps it.
 
+    Where `generate` searches with k beams, or returns k sequences, a model sees k entries for each request, one beside
+    the other, and wants `context_ids=ids.repeat_interleave(k)`. An encoder sees each request once: run it before, with
+    the ids as they are.
+
     Raises:
-        TypeError: z is no floating tensor.
-        ValueError: z has more than two dimensions.
+        TypeError: z is no floating tensor, or context_ids none of int32 or int64.
+        ValueError: z has more than two dimensions, context_ids none, or an id is out of range.
 
     Example:
         >>> import torch, hyperkernels as hk
@@ -40,8 +47,18 @@ def context(z: Tensor, context_ids: Tensor | None = None) -> Iterator[None]:
         ...     model(torch.randn(5, 6)).shape
         torch.Size([5, 4])
     """
+    z = check_context(z, "z")
+    if context_ids is not None:
+        check_ids_are_whole(context_ids)
+        if not transformed():  # whoever traces cannot read them; the layers check them again
+            check_context_ids(context_ids, z.shape[0])
+    return _within(z, context_ids)
+
+
+@contextmanager
+def _within(z: Tensor, context_ids: Tensor | None) -> Iterator[None]:
     outer = current_context()
-    _ambient.z, _ambient.context_ids = check_context(z, "z"), context_ids
+    _ambient.z, _ambient.context_ids = z, context_ids
     try:
         yield
     finally:
@@ -55,7 +72,7 @@ class _Kept:
         self.kept, self.entered = (z, context_ids), []
 
     def __enter__(self) -> None:
-        self.entered.append(context(*self.kept))
+        self.entered.append(_within(*self.kept))
         self.entered[-1].__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -95,7 +112,8 @@ def find_context(context: Tensor | None, features: int | None) -> tuple[Tensor |
         if context is None:
             raise ValueError(
                 f"context: got none, wanted [G, {features}]: give context=z, or call inside "
-                "`with hyperkernels.context(z):`"
+                "`with hyperkernels.context(z):`; gradient checkpointing, which calls again in backward, finds it by "
+                "context_fn=hyperkernels.recompute_in_context"
             )
     if context is None:
         return None, None
