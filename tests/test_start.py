@@ -1,6 +1,7 @@
 """How a `HyperNet` starts: the variances of what it generates, and of activations through layers of it."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -79,6 +80,65 @@ def test_activations_keep_their_size_through_ten_layers_as_they_do_not_by_torchs
     assert ours.min() > 0.3
     assert ours.max() < 3
     assert torchs[-1] > 1e6 or torchs[-1] < 1e-6
+
+
+class Both(nn.Module):
+    """A trunk of two layers on `[embedding, z]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32 + 16, 64), nn.ReLU(), nn.Linear(64, 32))
+
+    def forward(self, embedding, z):
+        every = (len(z), len(embedding), -1)
+        return self.layers(torch.cat([embedding.expand(every), z[:, None].expand(every)], -1))
+
+
+Z = {"context_features": 16}
+CONDITIONAL = {
+    "planned": {},
+    "chunks": {"chunk": (16, 16)},
+    "wide": {"width": 128},
+    "many_features": {"context_features": 64, "chunk": (16, 16)},
+    "layer": {"heads": "layer"},
+    "rows": {"strategy": "component"},
+    "flat": {"layout": "flat", "chunk": 200},
+    "relu_trunk": {"chunk": (16, 16), "trunk": partial(hk.nn.TrunkLayer, 32, 32, **Z, activation="relu")},
+    "two_layers": {"chunk": (16, 16), "trunk": Both},
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), CONDITIONAL.items(), ids=CONDITIONAL)
+def test_activations_of_a_conditional_net_keep_their_size_too(name, settings):
+    """What all chunks of a context have in common repeats over a weight: 16 chunks in a row would have it grow up to 16
+    times a layer, 3e5 in six."""
+    found, x = [], torch.randn(32, 256)
+    for _ in range(8):
+        own = Z | settings | ({"trunk": settings["trunk"]()} if "trunk" in settings else {})
+        target = Deep([256] * 7)
+        z = torch.randn(1, own["context_features"])
+        found.append(hk.HyperModel(target, hk.HyperNet(target, **own))(x, context=z).detach())
+    growth = torch.stack(found).mean(0)[-1]
+    assert 0.1 < growth < (100 if name == "two_layers" else 10)  # whose last layer leaves less room
+
+
+def test_layers_of_their_own_hypernetworks_keep_activations_too():
+    z, x = torch.randn(1, 16), torch.randn(32, 256)
+    moments = []
+    for _ in range(8):
+        y = x
+        for _ in range(6):  # nn.Linear's own start is a sixth of He's variance
+            layer = hk.HyperLinear(256, 256, bias=False, context_features=16, chunk=(16, 16))
+            y = 6**0.5 * F.relu(layer(y, z))
+        moments.append(y.square().mean().item())
+    assert 0.1 < sum(moments) / len(moments) < 10
+
+
+def test_contexts_still_differ():
+    net = hk.HyperNet({"w": (256, 256)}, context_features=16, chunk=(16, 16))
+    found = hk.algebra.gram(net(torch.randn(8, 16))["w"])
+    cosines = found / found.diag().outer(found.diag()).sqrt()
+    assert (cosines - torch.eye(8)).max() < 0.97
 
 
 def test_what_fan_out_starts_at_zero_can_learn():

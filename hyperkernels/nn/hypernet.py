@@ -15,7 +15,7 @@ from hyperkernels.form import autocast_enabled
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import find_context
 from hyperkernels.nn.encoders import Descriptors
-from hyperkernels.nn.start import normal_contexts, second_moments, start_heads_, start_scales
+from hyperkernels.nn.start import normal_contexts, seen, start_heads_, start_scales
 from hyperkernels.nn.targets import Chunk, Found, Target, check_choices, check_settings, cut, find_targets, share_heads
 from hyperkernels.nn.trunk import TrunkLayer, check_sizes
 from hyperkernels.weight import AbsentWeight, GeneratedWeight
@@ -58,7 +58,9 @@ class HyperNet(nn.Module):
             default a `TrunkLayer`. Where it has `chunks_per_embedding`, neighbours in a row share one (`ColumnTrunk`).
         init, nonlinearity: at first the weights vary as Chang et al. would have them, by "fan_in" or "fan_out", for
             "relu" or "linear", whatever the head that they share and whatever the trunk makes for each: `scale_l`,
-            measured at the start (`reset_parameters`) and kept as the buffer `scales`, sees to it.
+            measured at the start (`reset_parameters`) and kept as the buffer `scales`, sees to it. A head that
+            chunks share starts small along what all chunks of a context have in common (not with descriptors): that
+            would repeat all over a weight, and activations grow by it from layer to layer, right as each variance is.
         device, dtype: of the parameters.
 
     Call:
@@ -175,11 +177,9 @@ class HyperNet(nn.Module):
             nn.init.normal_(self.embedding)
         for bias in self.head_biases:
             bias.zero_()
-        chunks = self._chunks(self.targets)
-        seen = second_moments(lambda z: self._hidden(self.targets, z), self._examples(context))
-        of_chunk = seen.reshape(-1, _count(chunks)).mean(0)
-        moments = torch.stack([of_chunk[own].mean() for own in chunks.values()])
-        start_heads_(list(self.heads), self.scales, list(self.head_of.values()), list(self._starts.values()), moments)
+        parts = list(self._chunks(self.targets).values())
+        found = seen(lambda z: self._hidden(self.targets, z), self._examples(context), parts)
+        start_heads_(list(self.heads), self.scales, list(self.head_of.values()), list(self._starts.values()), found)
 
     def _examples(self, context: Any) -> list[Tensor | None]:
         examples: Any = getattr(self.encoder, "examples", None)

@@ -17,7 +17,7 @@ from hyperkernels.form import autocast_enabled
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import find_context
-from hyperkernels.nn.start import normal_contexts, second_moments
+from hyperkernels.nn.start import draw_head_, normal_contexts, seen
 from hyperkernels.nn.trunk import FreeTrunk, Trunk, check_sizes
 from hyperkernels.weight import GeneratedWeight
 
@@ -81,11 +81,11 @@ class HyperLayer(nn.Module):
         """A new trunk (the layer's own; one that was passed in stays), and heads and bias as a dense layer's vary."""
         if self._owns_hypernet:
             self.hypernet.reset_parameters()  # type: ignore[operator]
-        moment = second_moments(self.hypernet, normal_contexts(self.context_features, self.head)).mean()
-        std = (3 * self.fan_in * self.width * moment).rsqrt()
+        found = seen(self.hypernet, normal_contexts(self.context_features, self.head))
         for head in (self.head, self.bias_head):
             if head is not None:
-                head.normal_().mul_(std.to(head.dtype))
+                (variance,) = draw_head_(head.flatten(1), found)
+                head.mul_((3 * self.fan_in * variance).rsqrt().to(head.dtype))
         if self.bias is not None:
             bound = self.fan_in**-0.5
             self.bias.uniform_(-bound, bound)

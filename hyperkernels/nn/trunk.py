@@ -59,11 +59,16 @@ class TrunkLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Unit variance from each summand, for an embedding and a z of unit variance."""
+        """Unit variance from each summand, for an embedding and a z of unit variance. Units k and k + m // 2 see the
+        same of z, so that half of hidden's directions have nothing that all chunks have in common."""
         nn.init.zeros_(self.chunk_layer.bias)
         for layer in (self.chunk_layer, self.context_layer):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        if self.context_layer is not None:
+            with torch.no_grad():
+                half = self.chunk_layer.out_features // 2
+                self.context_layer.weight[half : 2 * half] = self.context_layer.weight[:half]
 
     def forward(self, embedding: Tensor, context: Tensor | None = None) -> Tensor | AdditiveHidden:
         chunks = self.chunk_layer(embedding)
