@@ -46,6 +46,10 @@ def _check_pair(left: Matrix, right: Matrix, name: str = "b") -> tuple[Matrix, M
 
 def _all(weights: Mapping[str, AbsentWeight], argument: str = "weights") -> dict[str, Matrix]:
     """Of as many contexts each."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"{argument}: got {type(weights).__name__}, wanted generated weights by name, as a HyperNet returns them"
+        )
     found = {name: Matrix.of(weight, f"{argument}[{name!r}]") for name, weight in weights.items()}
     if not found:
         raise ValueError(f"{argument}: got none, wanted at least one")
@@ -244,9 +248,9 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
 
     Source: von Oswald et al. 2020 (Continual learning with hypernetworks), equation 2.
     """
-    if weights.keys() != earlier.keys():
-        raise ValueError(f"earlier: got {sorted(earlier)}, wanted {sorted(weights)}")
     own, others = _all(weights), _all(earlier, "earlier")
+    if own.keys() != others.keys():
+        raise ValueError(f"earlier: got {sorted(others)}, wanted {sorted(own)}")
     couples = [_check_pair(own[name], others[name], f"earlier[{name!r}]") for name in own]
     return matrices.squared_distances(couples).mean()
 

@@ -48,10 +48,9 @@ def of_classes(logits: Tensor) -> Classes:
         logits: `[S, *, C]`, of S members; -inf for a class that cannot be.
 
     Raises:
-        ValueError: fewer than two dimensions, or no member.
+        TypeError, ValueError: no floating tensor, fewer than two dimensions, or no member.
     """
-    if logits.dim() < 2 or not len(logits):
-        raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [S, *, C], one member at least")
+    _check("logits", logits, 2, "[S, *, C]")
     p = logits.softmax(-1)
     mean = p.mean(0)
     entropy, of_each = _entropy(mean), _entropy(p).mean(0)
@@ -65,6 +64,13 @@ def _entropy(p: Tensor) -> Tensor:
 
 def of_values(y: Tensor) -> Values:
     """`E_s y_s` and `Var_s y_s` of y `[S, *]`, S members, one at least."""
-    if y.dim() < 1 or not len(y):
-        raise ValueError(f"y: got shape {list(y.shape)}, wanted [S, *], one member at least")
+    _check("y", y, 1, "[S, *]")
     return Values(y.mean(0), y.var(0, correction=0))
+
+
+def _check(name: str, value: Tensor, dims: int, wanted: str) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: got {got}, wanted a floating tensor {wanted}")
+    if value.dim() < dims or not len(value):
+        raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {wanted}, one member at least")

@@ -12,8 +12,9 @@ from torch import Tensor
 from hyperkernels import algebra
 from hyperkernels.chunking import ceil_div
 from hyperkernels.deferred import made
+from hyperkernels.flat import FlatWeight
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.weight import GeneratedWeight, form
+from hyperkernels.weight import AbsentWeight, GeneratedWeight, form
 
 Weights = GeneratedWeight | Mapping[str, GeneratedWeight]
 
@@ -31,10 +32,10 @@ def _axis(axis: Any) -> Any:
 
 def filters(weight: GeneratedWeight, count: int = 64, context: int = 0, axis: Any = None) -> Any:
     """The first `count` filters of a generated kernel `[out, in, H, W]`, in a grid; where there are three input
-    channels, in colour, else the first of them. Only their chunks are formed.
+    channels, in colour, else the first of them. Only their chunks are formed, or of a flat vector their rows.
 
     Args:
-        weight: of a 2-d convolution.
+        weight: of a 2-d convolution, in blocks of its own or in chunks of a flat vector.
         count: how many filters, positive.
         context: of which context.
         axis: a matplotlib axis to draw on; by default one of a new figure.
@@ -47,8 +48,8 @@ def filters(weight: GeneratedWeight, count: int = 64, context: int = 0, axis: An
         ImportError: there is no matplotlib.
     """
     weight = made(weight)
-    if not isinstance(weight, GeneratedWeight) or weight.dim() != 4:
-        got = list(weight.shape) if isinstance(weight, GeneratedWeight) else type(weight).__name__
+    if not isinstance(weight, GeneratedWeight | FlatWeight) or weight.dim() != 4:
+        got = list(weight.shape) if isinstance(weight, AbsentWeight) else type(weight).__name__
         raise TypeError(f"weight: got {got}, wanted a generated weight [out, in, H, W]")
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"count: got {count!r}, wanted a positive integer")
@@ -69,29 +70,35 @@ def filters(weight: GeneratedWeight, count: int = 64, context: int = 0, axis: An
 
 
 @torch.no_grad()
-def _corner(weight: GeneratedWeight, rows: int, cols: int, context: int) -> Tensor:
+def _corner(weight: GeneratedWeight | FlatWeight, rows: int, cols: int, context: int) -> Tensor:
     """`W[context, :rows, :cols]`, from the chunks that hold it."""
     hidden = weight.hidden
     if not 0 <= context < weight.contexts:
         raise ValueError(f"context: got {context!r}, wanted 0 to {weight.contexts - 1}")
     if isinstance(hidden, AdditiveHidden):
         hidden = AdditiveHidden(hidden.context[context : context + 1], hidden.chunks, hidden.activation)
-    elif hidden.dim() == 4:
+    elif hidden.dim() == (3 if isinstance(weight, FlatWeight) else 4):
         hidden = hidden[context]
-    per_chunk = weight.head.dim() == weight.dim() + 2
-    bias = weight.settings["head_bias"]
-    if per_chunk or (bias is not None and bias.dim() == weight.dim() + 1):  # heads of their own: all of the context
-        return form(GeneratedWeight(hidden, weight.head, weight.shape, head_bias=bias, scale=weight.scale))[
-            :rows, :cols
-        ]
-    size_r, size_q = weight.head.shape[1:3]
+    shape, settings = (rows, *weight.shape[1:]), {"head_bias": weight.settings["head_bias"], "scale": weight.scale}
+    if isinstance(weight, FlatWeight):
+        return form(FlatWeight(hidden, weight.head, shape, weight.start, **settings)).view(shape)[:, :cols]
+    size_r, size_q = weight.head.shape[-4:-2]
     I, J = ceil_div(rows, size_r), ceil_div(cols, size_q)
+
+    def of_corner(heads: Tensor, shared: int) -> Tensor:
+        """Those of the corner's chunks, where each has its own."""
+        if heads.dim() == shared:
+            return heads
+        return heads.unflatten(0, tuple(hidden.shape[-3:-1]))[:I, :J].flatten(0, 1)
+
+    head, bias = of_corner(weight.head, 5), settings["head_bias"]
+    settings["head_bias"] = None if bias is None else of_corner(bias, 4)
     if isinstance(hidden, AdditiveHidden):
         hidden = AdditiveHidden(hidden.context, hidden.chunks[:I, :J], hidden.activation)
     else:
         hidden = hidden[:I, :J]
     shape = (rows, cols, *weight.shape[2:])
-    return form(GeneratedWeight(hidden, weight.head, shape, head_bias=bias, scale=weight.scale))
+    return form(GeneratedWeight(hidden, head, shape, **settings))
 
 
 def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:
@@ -111,6 +118,8 @@ def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:
 
 def _gram(weights: Weights, centred: bool = False) -> Tensor:
     own = weights.values() if isinstance(weights, Mapping) else [weights]
+    if not own:
+        raise ValueError("weights: got none, wanted at least one")
     with torch.no_grad():
         return torch.stack([algebra.gram(weight, centred=centred) for weight in own]).sum(0).double().cpu()
 

@@ -226,6 +226,12 @@ def few():
         (lambda a, b: algebra.inner(a, make((11, 13), "contexts", contexts=2)), ValueError, "b: got 2 contexts"),
         (lambda a, b: algebra.spectral_norm(a, 0), ValueError, "iterations"),
         (lambda a, b: algebra.spectral_norm(a, tol=-1), ValueError, "tol: got -1, wanted 0 or more"),
+        (
+            lambda a, b: algebra.total_norm(a),
+            TypeError,
+            "weights: got GeneratedWeight, wanted generated weights by name",
+        ),
+        (lambda a, b: algebra.output_regularizer({"w": a}, b), TypeError, "earlier: got GeneratedWeight"),
         (lambda a, b: algebra.total_norm({}), ValueError, "weights: got none, wanted at least one"),
         (
             lambda a, b: algebra.weight_decay({"w": a, "v": few()}),

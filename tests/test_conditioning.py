@@ -141,3 +141,5 @@ def test_tasks_and_noise_that_are_none_are_refused():
         noise(torch.randn(2, 5))
     with pytest.raises(ValueError, match="count"):
         noise(0)
+    with pytest.raises(ValueError, match="context: got none, wanted what Tasks makes z of"):
+        hk.HyperNet({"weight": (8, 6)}, context_features=4, encoder=tasks)()

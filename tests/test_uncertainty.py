@@ -76,3 +76,10 @@ def test_a_class_that_cannot_be_adds_nothing():
 def test_no_members_are_refused(run):
     with pytest.raises(ValueError, match="wanted"):
         run()
+
+
+@pytest.mark.parametrize("given", [[1.0], torch.ones(3, 2, dtype=torch.int64)], ids=["list", "integers"])
+def test_what_is_no_floating_tensor_is_refused(given):
+    for function in (of_classes, of_values):
+        with pytest.raises(TypeError, match="wanted a floating tensor"):
+            function(given)

@@ -18,11 +18,13 @@ def images(axis):
 
 def make(context_features=3, **settings):
     shapes = {"kernel": (20, 3, 5, 5), "weight": (30, 20)}
-    return hk.HyperNet(shapes, context_features=context_features, width=4, chunk=(8, 2), **settings)
+    return hk.HyperNet(shapes, context_features=context_features, width=4, **{"chunk": (8, 2), **settings})
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"strategy": "multi_head"}, {"head_bias": True}], ids=["chunk", "multi_head", "head_bias"]
+    "settings",
+    [{}, {"strategy": "multi_head"}, {"head_bias": True}, {"heads": "layer"}, {"layout": "flat", "chunk": 70}],
+    ids=["chunk", "multi_head", "head_bias", "heads", "flat"],
 )
 def test_filters(settings, tmp_path):
     weight = make(**settings)(torch.randn(2, 3))["kernel"]
@@ -38,6 +40,10 @@ def test_filters_form_their_own_chunks_alone():
     weight = hk.HyperNet({"kernel": (512, 512, 3, 3)}, context_features=3, width=4, chunk=(16, 16))(torch.randn(9, 3))
     kernel = weight["kernel"]
     assert peak_bytes(lambda: viz.filters(kernel, 16)) < 512 * 512 * 9 * 4 / 4
+    hidden, heads, bias = torch.randn(3, 32, 32, 2), torch.randn(1024, 2, 16, 16, 3, 3), torch.randn(1024, 16, 16, 3, 3)
+    own = hk.GeneratedWeight(hidden, heads, (512, 512, 3, 3), head_bias=bias)
+    assert peak_bytes(lambda: viz.filters(own, 16)) < 512 * 512 * 9 * 4 / 4
+    torch.testing.assert_close(viz._corner(own, 20, 3, 2), form(own)[2, :20, :3])
 
 
 def test_chunks_similarity_and_principal_components(tmp_path):
@@ -66,6 +72,7 @@ def test_chunks_similarity_and_principal_components(tmp_path):
         (lambda w: viz.chunks(w["weight"], context=5), ValueError, "context"),
         (lambda w: viz.similarity(w, names=["a"]), ValueError, "names: got 1, wanted one for each of 2"),
         (lambda w: viz.pca(make(None)()), ValueError, "two at least"),
+        (lambda w: viz.similarity({}), ValueError, "weights: got none, wanted at least one"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(run, error, match):

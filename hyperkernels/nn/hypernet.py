@@ -13,7 +13,7 @@ from hyperkernels.chunking import ceil_div
 from hyperkernels.flat import FlatWeight
 from hyperkernels.form import autocast_enabled
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.nn.ambient import find_context
+from hyperkernels.nn.ambient import current_context, find_context
 from hyperkernels.nn.encoders import Descriptors
 from hyperkernels.nn.start import normal_contexts, seen, start_heads_, start_scales
 from hyperkernels.nn.targets import Chunk, Found, Target, check_choices, check_settings, cut, find_targets, share_heads
@@ -192,6 +192,11 @@ class HyperNet(nn.Module):
         """z and the ids that came with it, of what the hypernetwork is called with."""
         if self.encoder is not None and context is not None:
             context = self.encoder(*context) if isinstance(context, tuple) else self.encoder(context)
+        elif self.encoder is not None and current_context()[0] is None:
+            raise ValueError(
+                f"context: got none, wanted what {type(self.encoder).__name__} makes z of, or z by "
+                "`with hyperkernels.context(z):`"
+            )
         z, ids = find_context(context, self.context_features)
         own = self.heads[0].dtype
         if z is not None and z.dtype != own and not autocast_enabled(z.device.type):

@@ -110,7 +110,9 @@ def find_targets(
     else:
         raise TypeError(f"targets: got {type(targets).__name__}, wanted {{name: shape}} or a torch.nn.Module")
     if not found:
-        raise ValueError("targets: got none, wanted at least one weight")
+        taken = ": a module of which filter_fn leaves no linear layer or convolution, or a HyperModel took them"
+        reason = taken * isinstance(targets, nn.Module)
+        raise ValueError(f"targets: got none, wanted at least one weight{reason}")
     for name, shape in found.items():
         fits = isinstance(shape, Sequence) and 1 <= len(shape) <= 5 and all(isinstance(n, int) and n > 0 for n in shape)
         if not fits:
