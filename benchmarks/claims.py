@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hyperkernels.bench.algebra import regularizer
+from cases import fitted, generated_weight, regularizer
+
 from hyperkernels.bench.case import Case
 from hyperkernels.bench.conv import convolution, resnet50_step
 from hyperkernels.bench.linear import contexts, linear
-from hyperkernels.bench.models import decode, fitted, generated_weight, only_linears, serving, step
+from hyperkernels.bench.models import decode, only_linears, serving, step
 from hyperkernels.planner import default_chunk
 
 
@@ -33,7 +34,7 @@ CPU_CASES: dict[str, Callable[[], Case]] = {
     "contexts_256": claim(contexts, 256, faster={"torch backend": 3}, smaller={"hypnettorch": 100}),
     "contexts_256_tanh": claim(contexts, 256, "tanh", smaller={"hypnettorch": 100}),
 }
-BLOCK = (256, 14)  # channels and size of ResNet's third stage
+BLOCK = ((256, 256), 14)  # channels and size of ResNet's third stage
 CONV_CASES: dict[str, Callable[[], Case]] = {
     "conv": claim(convolution, *BLOCK, (4, 256), 16, 32, unfolded=True, faster={"dense": 3}),
     "conv_train": claim(convolution, *BLOCK, (4, 256), 16, 32, train=True, unfolded=True),

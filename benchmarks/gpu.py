@@ -239,7 +239,7 @@ def main() -> int:
 
     if device == "cuda":
         results["compute_sanitizer"] = sanitized()
-    results["machine_info"]["ceilings"] = ceiling = ceilings(device)
+    results["machine_info"]["ceilings"] = ceiling = ceilings(device, torch.bfloat16)
     print(json.dumps(ceiling), flush=True)
     quick = arguments.quick
     tables: dict[str, Callable[[], dict[str, Any]]] = {

@@ -62,7 +62,7 @@ def measure(weights: float, how: str) -> dict[str, Any]:
 
 def in_its_own_process(weights: float, how: str) -> dict[str, Any]:
     """What `measure` finds, or why it failed."""
-    command = [sys.executable, __file__, "--point", str(weights), how, str(free_bytes())]
+    command = [sys.executable, __file__, "--point", str(weights), how, str(free_bytes("cpu"))]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     if outcome.returncode == 0:
         return json.loads(outcome.stdout)

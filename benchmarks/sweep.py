@@ -101,7 +101,7 @@ def main() -> int:
         for shape in track(shapes(arguments.shapes), "shapes"):
             results["shapes"].append(measure(shape, arguments.rounds))
             if time.monotonic() - saved > 5 or len(results["shapes"]) == arguments.shapes:
-                write(arguments.output, json.dumps(results, indent=0))
+                write(arguments.output, json.dumps(results, indent=0).encode())
                 saved = time.monotonic()
     rows = results["shapes"]
     for row in sorted(rows, key=lambda row: -row["of_best"]):

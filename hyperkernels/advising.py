@@ -32,6 +32,15 @@ class Proposal:
     rank: int
     speed: float
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """For people."""
+        chunk, numbers = f"{self.chunk[0]}x{self.chunk[1]}", f"{self.parameters:,}"
+        return self.strategy, chunk, f"{self.width}", numbers, f"{self.flops:.2f}", f"{self.rank}", f"{self.speed:.1f}x"
+
+
+COLUMNS = ("strategy", "chunk", "m", "parameters", "FLOPs", "rank", "speed")
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -51,13 +60,11 @@ class Advice:
         N, K = self.shape
         lines = [
             f"{N}x{K}, {self.contexts} context{'s' * (self.contexts != 1)}, {self.tokens} tokens; dense: "
-            f"{N * K * self.contexts:,} weights",
-            f"{'strategy':12} {'chunk':>12} {'m':>4} {'parameters':>12} {'FLOPs':>7} {'rank':>6} {'speed':>7}",
+            f"{N * K * self.contexts:,} weights"
         ]
-        for p in self.proposals:
-            chunk = f"{p.chunk[0]}x{p.chunk[1]}"
-            row = f"{p.strategy:12} {chunk:>12} {p.width:>4} {p.parameters:>12,} {p.flops:>7.2f} {p.rank:>6}"
-            lines.append(f"{row} {p.speed:>6.1f}x")
+        for row in (COLUMNS, *(proposal.cells for proposal in self.proposals)):
+            cells = (f"{cell:>{width}}" for cell, width in zip(row[1:], (12, 4, 12, 7, 6, 7)))
+            lines.append(" ".join([f"{row[0]:12}", *cells]))
         return "\n".join([*lines, self.words])
 
 
@@ -88,8 +95,8 @@ def advise(
         >>> hk.advise((4096, 4096), contexts=64, tokens=64).best.strategy
         'chunk'
     """
-    if len(shape) != 2:
-        raise ValueError(f"shape: got {tuple(shape)}, wanted (N, K)")
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 2:
+        raise ValueError(f"shape: got {shape!r}, wanted (N, K), a layer's out and in features")
     N, K = shape
     if device not in MACHINES:
         raise ValueError(f"device: got {device!r}, wanted one of {', '.join(MACHINES)}")

@@ -12,8 +12,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hyperkernels.backends import native_cpu, torch_blocks
-from hyperkernels.environment import cpu_info
+from hyperkernels.machine import cpu_info
 
 FORMAT = 1
 NATIVE = ("vectors_per_us", "call_us", "few_call_us")
@@ -33,8 +35,8 @@ def path() -> Path | None:
 
 
 def machine_key() -> str:
-    """What a calibration is for: the CPU, and what the engine uses of it."""
-    return f"{cpu_info()[0]}, {native_cpu.INSTRUCTIONS or 'no engine'}"
+    """What a calibration is for: the CPU, what the engine uses of it, and torch's threads."""
+    return f"{cpu_info()[0]}, {native_cpu.INSTRUCTIONS or 'no engine'}, {torch.get_num_threads()} threads"
 
 
 def constants() -> dict[str, float]:
@@ -42,6 +44,9 @@ def constants() -> dict[str, float]:
     machine = torch_blocks.MACHINES["cpu"]
     own = (native_cpu.VECTORS_PER_US, native_cpu.CALL_US, native_cpu.FEW_CALL_US)
     return dict(zip(NATIVE, own)) | {name: getattr(machine, name) for name in TORCH}
+
+
+SHIPPED = constants()
 
 
 def apply(values: dict[str, float]) -> None:
@@ -52,6 +57,15 @@ def apply(values: dict[str, float]) -> None:
     native_cpu.VECTORS_PER_US = values["vectors_per_us"]
     native_cpu.CALL_US, native_cpu.FEW_CALL_US = values["call_us"], values["few_call_us"]
     torch_blocks.MACHINES["cpu"] = torch_blocks.MACHINES["cpu"]._replace(**{name: values[name] for name in TORCH})
+
+
+def state() -> str:
+    """Which constants the cost model has, in words."""
+    if constants() != SHIPPED:
+        return f"fitted, in {path()}"
+    file = path()
+    why = "switched off" if file is None else "for another machine" if file.exists() else "none"
+    return f"{why}: the constants as shipped; `hyperkernels bench --calibrate` fits them"
 
 
 def load() -> None:

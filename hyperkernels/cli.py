@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,23 @@ def needs(*modules: str) -> None:
         raise UsageError(f"{', '.join(absent)}: not installed; `pip install 'hyperkernels[bench]'` brings it")
 
 
-def shape_of(text: str) -> tuple[int, int]:
-    try:
-        N, K = (int(part) for part in text.lower().split("x"))
-        if min(N, K) < 1:
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted NxK, out and in features: 4096x4096") from None
-    return N, K
+def pair_of(wanted: str, what: str) -> Callable[[str], tuple[int, int]]:
+    """A parser of two positive numbers with an x between."""
+
+    def parse(text: str) -> tuple[int, int]:
+        try:
+            first, second = (int(part) for part in text.lower().split("x"))
+            if min(first, second) < 1:
+                raise ValueError
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}, {what}") from None
+        return first, second
+
+    return parse
+
+
+shape_of = pair_of("NxK", "out and in features: 4096x4096")
+chunk_of = pair_of("RxC", "rows and columns of a chunk: 16x256")
 
 
 def positive(text: str) -> int:
@@ -51,19 +60,24 @@ def positive(text: str) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    needs("rich")
+    needs("rich", "pydantic")
     if arguments.calibrate:
         needs("matplotlib")
         from hyperkernels.bench.calibrate import calibrate
 
-        return calibrate(arguments.json)
+        others = [word for word in arguments.given[1:] if word != "--calibrate"]
+        if others:
+            raise UsageError(
+                f"--calibrate: got {' '.join(others)} beside it, wanted nothing: it measures its own calls"
+            )
+        return calibrate(Path("hyperkernels-calibration.png"))
     from hyperkernels.bench.command import bench
 
     return bench(arguments)
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    needs("matplotlib", "rich")
+    needs("matplotlib", "pydantic")
     from hyperkernels.bench.plots import plot
 
     for path in plot(arguments.results, arguments.output, arguments.format):
@@ -72,7 +86,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    needs("matplotlib", "rich")
+    needs("matplotlib", "pydantic")
     from hyperkernels.bench.page import write_page
 
     print(write_page(arguments.results, arguments.output))
@@ -87,15 +101,15 @@ def _env(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         return 0
     needs("rich")
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from hyperkernels.tables import wide_console
+
     for title, values in found.items():
         table = Table(title=title, show_header=False, title_justify="left", min_width=60)
         for name, value in values.items():
             table.add_row(name, str(value))
-        console.print(table)
+        wide_console().print(table)
     return 0
 
 
@@ -106,8 +120,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     from hyperkernels.planner import default_chunk
 
     (N, K), m = arguments.shape, arguments.width or WIDTH
-    rows, cols = arguments.chunk or default_chunk(N, K, m)
-    I, J, G = -(-N // rows), -(-K // cols), arguments.contexts
+    chunk = arguments.chunk or default_chunk(N, K, m)
+    I, J, G = -(-N // chunk[0]), -(-K // chunk[1]), arguments.contexts
     tokens = arguments.tokens or G
     if tokens % G:
         raise UsageError(f"--tokens: got {tokens}, wanted as many for each of {G} contexts: a multiple of {G}")
@@ -115,7 +129,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         raise UsageError("--device: torch sees no CUDA device here; leave it out for the plan on a CPU")
     like: dict[str, Any] = {"device": arguments.device, "dtype": DTYPES[arguments.dtype]}
     lead = (tokens,) if G == 1 else (G, tokens // G)
-    x, head = torch.empty(*lead, K, **like), torch.empty(m, rows, cols, **like)
+    x, head = torch.empty(*lead, K, **like), torch.empty(m, *chunk, **like)
     hidden: Any = torch.empty(I, J, m, **like)
     if G > 1:
         hidden = hk.AdditiveHidden(torch.empty(G, m, **like), hidden, "tanh")
@@ -124,25 +138,18 @@ def _explain(arguments: argparse.Namespace) -> int:
             *(hk.hyper_linear, x, hidden, head),
             **{"out_features": N, "order": arguments.order, "backend": arguments.backend},
         )
-    rows_of = []
-    for plan in (found.forward, found.backward):
-        for slot in plan.wanted:
-            for step in plan.candidates[slot]:
-                picked = step.order == plan.order_of(slot)
-                output = "y" if slot == "y" else f"d{slot}"
-                rows_of.append(
-                    {"output": output, "order": step.order, "picked": picked, "flops": step.flops}
-                    | {"bytes": step.bytes_moved, "workspace_bytes": step.cost.workspace_bytes}
-                    | {"estimate_us": round(step.time_us, 1)}
-                )
     if arguments.json:
-        told = {"backend": found.backend, "ruled_out": found.ruled_out, "chunk": [rows, cols], "plans": rows_of}
+        rows = [row._asdict() for row in found.weighed]
+        told = {"backend": found.backend, "ruled_out": found.ruled_out, "chunk": chunk, "plans": rows}
         print(json.dumps(told, indent=1))
         return 0
     needs("rich")
-    table = ("output", " " * 8, *(f"{row['output']} " for row in rows_of))  # which is printed anew
-    print("\n".join(line for line in str(found).splitlines() if not line.startswith(table)))
-    _print_table(rows_of, bold=lambda row: row["picked"])
+    from hyperkernels.explaining import COLUMNS
+    from hyperkernels.tables import print_table
+
+    print("\n".join(found.words))
+    if found.weighed:
+        print_table(COLUMNS, [row.cells for row in found.weighed], bold=[row.picked for row in found.weighed])
     return 0
 
 
@@ -157,27 +164,17 @@ def _advise(arguments: argparse.Namespace) -> int:
         print(json.dumps({"proposals": rows, "words": advice.words}, indent=1))
         return 0
     needs("rich")
+    from hyperkernels.advising import COLUMNS
+    from hyperkernels.tables import print_table
+
     if rows:
-        shown = [row | {"chunk": "x".join(map(str, row["chunk"]))} for row in rows]
-        _print_table([row | {"speed": f"{row['speed']:.1f}x", "flops": f"{row['flops']:.2f}"} for row in shown])
+        print_table(COLUMNS, [proposal.cells for proposal in advice.proposals])
     print(advice.words)
     return 0
 
 
-def _print_table(rows: Sequence[dict[str, Any]], bold: Any = lambda _row: False) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for n, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if n < 2 else "right")
-    for row in rows:
-        cells = (f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in row.values())
-        table.add_row(*cells, style="bold" if bold(row) else None)
-    Console().print(table)
-
-
 def parser() -> argparse.ArgumentParser:
+    from hyperkernels import calibration
     from hyperkernels.backends import BACKENDS
     from hyperkernels.bench.suites import DTYPES, SUITES
     from hyperkernels.call import ORDERS
@@ -227,7 +224,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help=f"results ({RESULTS})")
     bench.add_argument("--csv", type=Path, metavar="FILE", help="a line for each contestant, too")
     bench.add_argument(
-        "--calibrate", action="store_true", help="fit the planner's constants to this machine, and keep them"
+        *("--calibrate",),
+        action="store_true",
+        help="fit the planner's constants to this machine in some minutes, draw how well they do here, and keep them "
+        f"in {calibration.path() or 'the cache folder of a user who has a home'}; delete that file to go back",
     )
     plot = command(
         *("plot", _plot, "draw saved results: speed-up, roofline, memory, scaling"),
@@ -259,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("--contexts", type=positive, default=1, help="weights at a time (1)")
         each.add_argument("--tokens", type=positive, help="rows of x in all (one for each context)")
         each.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    explain.add_argument("--chunk", type=shape_of, metavar="RxC", help="the planner's by default")
+    explain.add_argument("--chunk", type=chunk_of, metavar="RxC", help="the planner's by default")
     explain.add_argument("--width", type=positive, help="m (32)")
     explain.add_argument("--dtype", choices=DTYPES, default="fp32")
     explain.add_argument("--order", choices=ORDERS)

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from hyperkernels import calibration
 from hyperkernels.backends import BACKENDS, native_cpu
 from hyperkernels.call import Call
 from hyperkernels.chunking import Grid
+from hyperkernels.machine import cpu_info
 from hyperkernels.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "matplotlib", "rich", "opt_einsum", "hypnettorch")
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
-
-
-def cpu_info() -> tuple[str, set[str]]:
-    """The CPU's name, and the flags of what it can do, as Linux tells them."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
-    return next(models, platform.processor() or platform.machine()), set(flags)
 
 
 def environment() -> dict[str, dict[str, Any]]:
@@ -40,6 +32,7 @@ def environment() -> dict[str, dict[str, Any]]:
         "model": model,
         "threads of torch": torch.get_num_threads(),
         "features": ", ".join(name for name in FEATURES if name in flags) or "none of those that matter here",
+        "planner": calibration.state(),
         "native engine": native_cpu.MISSING or f"runs {', '.join(native_cpu._cpu.instruction_sets())}",
     }
     gpus = {}

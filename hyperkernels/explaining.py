@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,6 +23,28 @@ from hyperkernels.planner import Plan, Step
 CONVOLUTIONS: dict[Any, int] = {hyper_conv1d: 1, hyper_conv2d: 2, hyper_conv3d: 3}
 
 
+class Weighed(NamedTuple):
+    """An order that was weighed for an output, and why it was picked or left."""
+
+    output: str
+    order: str
+    picked: bool
+    flops: int
+    bytes_moved: int
+    workspace_bytes: int
+    time_us: float
+    why: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """For people."""
+        sizes = si(self.flops), si(self.bytes_moved), f"{self.workspace_bytes / 2**20:.1f} MiB"
+        return self.output if self.picked else "", self.order, *sizes, f"{self.time_us:.0f} us", self.why
+
+
+COLUMNS = ("output", "order", "FLOPs", "bytes", "workspace", "estimate", "why")
+
+
 @dataclass(frozen=True)
 class Explanation:
     """The plans of a call: `forward` for y, `backward` for the three gradients; `str()` is the printed account."""
@@ -34,7 +56,17 @@ class Explanation:
     backward: Plan
     forced_order: str | None
 
-    def __str__(self) -> str:
+    @property
+    def weighed(self) -> list[Weighed]:
+        """Every order for every output, the picked one first; none for the reference, which has no orders."""
+        if self.backend == "reference":
+            return []
+        plans = (self.forward, self.backward)
+        return [row for plan in plans for slot in plan.wanted for row in self._weighed(plan, slot)]
+
+    @property
+    def words(self) -> list[str]:
+        """What the call is and who runs it, line by line."""
         call, grid, window = self.call, self.call.grid, self.call.window
         tokens = call.entries * call.tokens
         positions, kernel, size, output_size = 1, "", "", ""
@@ -44,31 +76,33 @@ class Explanation:
                 "x" + "x".join(map(str, v)) for v in (window.kernel, window.size, window.output_size)
             )
         weights = grid.out_features * grid.in_features * positions
-        dense = 2 * tokens * weights * (prod(window.output_size) if window else 1)
         lines = [
             f"hyper_{f'conv{len(window.kernel)}d' if window else 'linear'}: {tokens} x {grid.in_features}{size} -> "
             f"{tokens} x {grid.out_features}{output_size}, {call.contexts} context{'s' * (call.contexts != 1)}, "
             f"{grid.I}x{grid.J} chunks of {grid.rows}x{grid.cols}{kernel}, "
             f"m = {call.width}, {str(call.dtype).removeprefix('torch.')} on {call.device}",
-            f"weights never formed: {_si(call.contexts * weights)}; "
+            f"weights never formed: {si(call.contexts * weights)}; "
             f"rank at most {grid.rank_bound(call.width, positions)}",
             f"backend {self.backend}: {BACKENDS[self.backend].supports(call, self.forced_order)[1]}",
             *(f"  not {name}: {reason}" for name, reason in self.ruled_out.items()),
         ]
         if self.backend == "reference":
-            return "\n".join(lines)
-        lines.append(f"{'output':8} {'order':13} {'FLOPs':>8} {'bytes':>8} {'workspace':>10} {'estimate':>11}  why")
-        for plan in (self.forward, self.backward):
-            for slot in plan.wanted:
-                lines += self._rows(plan, slot)
+            return lines
+        dense = 2 * tokens * weights * (prod(window.output_size) if window else 1)
         sharing = ", sharing intermediates" if BACKENDS[self.backend].shares else ""
-        lines.append(
-            f"y: {self.forward.flops / max(dense, 1):.2f} of a dense layer's FLOPs; gradients{sharing}: "
-            f"{self.backward.flops / max(2 * dense, 1):.2f}"
-        )
-        return "\n".join(lines)
+        shares = self.forward.flops / max(dense, 1), self.backward.flops / max(2 * dense, 1)
+        return [*lines, f"y: {shares[0]:.2f} of a dense layer's FLOPs; gradients{sharing}: {shares[1]:.2f}"]
 
-    def _rows(self, plan: Plan, slot: str) -> list[str]:
+    def __str__(self) -> str:
+        rows = [row.cells for row in self.weighed]
+        wide = (8, 13, 8, 8, 10, 11)
+        lines = []
+        for row in [COLUMNS, *rows] if rows else []:
+            cells = [f"{cell:{'<' if n < 2 else '>'}{width}}" for n, (cell, width) in enumerate(zip(row, wide))]
+            lines.append(" ".join(cells) + "  " + row[-1])
+        return "\n".join([*self.words, *lines])
+
+    def _weighed(self, plan: Plan, slot: str) -> list[Weighed]:
         order = plan.order_of(slot)
         step = next(step for step in plan.steps if slot in step.outputs)
         picked = next(option for option in plan.candidates[slot] if option.order == order)
@@ -86,11 +120,8 @@ class Explanation:
                 why = f"order={self.forced_order!r} was asked for"
             else:
                 why = _comparison(option, picked)
-            rows.append(
-                f"{OUTPUT[slot] if option is picked else '':8} {option.order:13} {_si(option.flops):>8} "
-                f"{_si(option.bytes_moved):>8} {option.cost.workspace_bytes / 2**20:>6.1f} MiB "
-                f"{option.time_us:>8.0f} us  {why}"
-            )
+            sizes = option.flops, option.bytes_moved, option.cost.workspace_bytes
+            rows.append(Weighed(OUTPUT[slot], option.order, option is picked, *sizes, option.time_us, why))
         return rows
 
 
@@ -101,7 +132,8 @@ def _comparison(option: Step, picked: Step) -> str:
     return "left: no faster" if ratio < 1.05 else f"left: {ratio:.1f} times slower"
 
 
-def _si(number: float) -> str:
+def si(number: float) -> str:
+    """With three digits and a unit."""
     for unit in ("", "k", "M", "G", "T"):
         if number < 1000:
             return f"{number:.3g}{unit}"
@@ -134,7 +166,10 @@ def explain(target: nn.Module | Callable[..., Tensor], *args, **kwargs) -> Expla
     elif target is hyper_linear or target in CONVOLUTIONS:
         function, kwargs = target, inspect.signature(target).bind(*args, **kwargs).arguments
     else:
-        raise TypeError(f"target: got {type(target).__name__}, wanted a hyper layer or hyper_linear")
+        raise TypeError(
+            f"target: got {type(target).__name__}, wanted a hyper layer, hyper_linear, hyper_conv2d or its like; of a "
+            "model explain a layer, of generated weights hyper_linear with the factors of one"
+        )
     if function is not hyper_linear and function not in CONVOLUTIONS:
         raise TypeError("target: got a transposed convolution, wanted the convolution whose gradient by x it is")
     order, forced = kwargs.pop("order", None), kwargs.pop("backend", None)

@@ -48,7 +48,13 @@ def test_it_says_when_a_plain_layer_does_better():
 
 @pytest.mark.parametrize(
     ("given", "match"),
-    [({"shape": (3,)}, "shape"), ({"shape": (3, 0)}, "K"), ({"shape": (3, 4), "tokens": 0}, "tokens")],
+    [
+        ({"shape": (3,)}, "shape"),
+        ({"shape": 64}, "shape: got 64, wanted"),
+        ({"shape": "64x64"}, "shape: got '64x64'"),
+        ({"shape": (3, 0)}, "K"),
+        ({"shape": (3, 4), "tokens": 0}, "tokens"),
+    ],
 )
 def test_what_cannot_be_advised_is_refused(given, match):
     with pytest.raises(ValueError, match=match):

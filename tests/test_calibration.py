@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from unittest.mock import Mock
 
 import pytest
 
@@ -104,14 +105,58 @@ def test_off_is_off(monkeypatch):
         calibrate.calibrate(None)
 
 
-def test_calibrate_measures_keeps_and_draws(kept, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def few(monkeypatch):
+    """Calls enough to fit to, and few."""
     monkeypatch.setattr(calibrate, "LAYERS", [(256, 256)])
     monkeypatch.setattr(calibrate, "ROWS", (1, 16))
-    code = calibrate.calibrate(tmp_path / "results.json")
-    told = capsys.readouterr().out
-    assert (tmp_path / "hyperkernels-calibration.png").stat().st_size > 10_000
-    assert "as it was" in told
-    assert code == (0 if kept.exists() else 1)
-    if kept.exists():
-        calibration.load()
-        assert calibration.constants() == json.loads(kept.read_text())["constants"]
+
+
+def test_calibrate_measures_keeps_and_draws(kept, few, tmp_path, capsys):
+    calibration.apply({name: 3 * value for name, value in calibration.constants().items()})  # which anything betters
+    picture = tmp_path / "calibration.png"
+    assert calibrate.calibrate(picture) == 0
+    told = capsys.readouterr()
+    assert picture.stat().st_size > 10_000
+    assert "as it was" in told.out
+    assert "measuring" not in told.out
+    calibration.load()
+    assert calibration.constants() == json.loads(kept.read_text())["constants"]
+    assert calibration.state() == f"fitted, in {kept}"
+
+
+def test_a_fit_that_is_no_better_is_not_kept(kept, few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "fitted", lambda _points, before: {n: 1e6 * v for n, v in before.items()})
+    assert calibrate.calibrate(tmp_path / "calibration.png") == 1
+    assert "nothing is kept" in capsys.readouterr().out
+    assert not kept.exists()
+    assert "as shipped" in calibration.state()
+
+
+def test_what_was_fitted_is_kept_though_it_cannot_be_drawn(kept, few, tmp_path, monkeypatch):
+    calibration.apply({name: 3 * value for name, value in calibration.constants().items()})
+    monkeypatch.setattr(calibrate, "draw", Mock(side_effect=OSError("the disk is full")))
+    with pytest.raises(OSError, match="full"):
+        calibrate.calibrate(tmp_path / "calibration.png")
+    assert kept.exists()
+
+
+def test_calibrate_says_before_it_measures_that_it_cannot_keep(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HYPERKERNELS_CALIBRATION", str(tmp_path / "file" / "calibration.json"))
+    monkeypatch.setattr(calibrate, "measured", Mock(side_effect=AssertionError("it measures")))
+    with pytest.raises(ValueError, match="cannot write there"):
+        calibrate.calibrate(tmp_path / "calibration.png")
+
+
+def test_a_stopped_calibration_keeps_nothing(kept, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(calibrate, "measured", Mock(side_effect=KeyboardInterrupt))
+    assert calibrate.calibrate(tmp_path / "calibration.png") == 1
+    assert "stopped: nothing is kept" in capsys.readouterr().err
+    assert not kept.exists()
+
+
+def test_a_calibration_is_for_as_many_threads_as_it_was_made_with(monkeypatch):
+    before = calibration.machine_key()
+    monkeypatch.setattr(calibration.torch, "get_num_threads", lambda: 99)
+    assert calibration.machine_key() == before.rsplit(",", 1)[0] + ", 99 threads"

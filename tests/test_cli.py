@@ -7,11 +7,13 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from hyperkernels import cli
 
 pytest.importorskip("rich", reason="the command line draws its tables with rich")
 pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
-from hyperkernels.bench import case, command, linear, measure, results, run, suites
+from hyperkernels.bench import case, command, growth, linear, measure, plots, results, run, suites
 
 CEILINGS = {"gflop_per_s": 100.0, "gb_per_s": 20.0}
 TINY = ("--quick", "--shape", "64x64", "--rounds", "2")
@@ -30,7 +32,7 @@ TINY = ("--quick", "--shape", "64x64", "--rounds", "2")
 @pytest.fixture(autouse=True, scope="module")
 def _ceilings():
     """Measured for real in one test alone: it takes seconds."""
-    with patch.object(command, "ceilings", lambda _device: CEILINGS):
+    with patch.object(command, "ceilings", lambda *_: CEILINGS):
         yield
 
 
@@ -38,6 +40,34 @@ def test_the_ceilings_are_the_machines():
     found = measure.ceilings()
     assert found.keys() == {"gflop_per_s", "gb_per_s", "fma_gflop_per_s"}
     assert min(found.values()) > 0
+    assert measure.peak_gflop_per_s(found) == max(found["gflop_per_s"], found["fma_gflop_per_s"])
+
+
+def test_the_ceilings_are_those_of_the_dtype(monkeypatch):
+    products = []
+
+    def clock(call, device="cpu"):
+        if (result := call()).dim() == 2:
+            products.append(result.dtype)
+        return Mock(seconds=lambda: 1.0)
+
+    monkeypatch.setattr(measure, "Clock", clock)
+    assert measure.ceilings("cpu", torch.float64).keys() == {"gflop_per_s", "gb_per_s"}
+    assert "fma_gflop_per_s" in measure.ceilings("cpu", torch.bfloat16)
+    assert products == [torch.float64, torch.bfloat16]
+
+
+def test_a_slow_call_is_called_once_each_time(monkeypatch):
+    monkeypatch.setattr(measure, "SLOW_S", 0.0)
+    calls = []
+    clock = measure.Clock(lambda: calls.append(1))
+    made = len(calls)
+    assert clock.seconds() > 0
+    assert len(calls) == made + 1
+
+
+def test_quantiles_lie_between_what_was_measured():
+    assert measure.Quantiles.of([1e-3, 2e-3]) == pytest.approx((1.2, 1.5, 1.8))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +76,7 @@ def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "tiny.json"
     chosen = ("linear", "contexts", "conv", "train-step", "decode", "memory")
     given = ["bench", *chosen, *TINY, "--json", str(path), "--csv", str(path.with_suffix(".csv"))]
-    with patch.object(torch, "compile", lambda function: function):  # which takes longer than all of them
+    with patch.object(torch, "compile", lambda function, **_: function):  # which takes longer than all of them
         assert cli.main(given) == 0
     return path
 
@@ -60,14 +90,72 @@ def test_every_number_has_its_error_and_its_place_under_the_roof(measured):
         assert row["failed"] is None
         assert "hyperkernels" in row["times"]
         assert row["errors"]["hyperkernels"]["right"]
-        assert row["of_roofline"]["hyperkernels"] > 0
+        least = max(row["flops"]["hyperkernels"] / 100, row["bytes"]["hyperkernels"] / 20) / 1e6  # ms, by CEILINGS
+        share = least / row["times"]["hyperkernels"]["p50_ms"]
+        assert row["of_roofline"]["hyperkernels"] == pytest.approx(share)
         for times in row["times"].values():
             assert 0 < times["p20_ms"] <= times["p50_ms"] <= times["p80_ms"]
     names = {name for row in found["rows"] for name in (*row["times"], *row["missing"])}
     assert {"dense", "dense-tuned", "materialise", "einsum", "hypnettorch", "fastkron"} <= names
     lines = list(csv.DictReader(measured.with_suffix(".csv").read_text().splitlines()))
-    assert len(lines) == sum(len(row["times"]) for row in found["rows"])
-    assert {line["verdict"] for line in lines} == {"right"}
+    assert len(lines) == sum(len(row["times"]) + len(row["missing"]) for row in found["rows"])
+    assert {line["verdict"] for line in lines if line["p50_ms"]} <= {"right", ""}
+    assert not [line for line in lines if line["verdict"] == "" and line["contestant"] in ("hyperkernels", "dense")]
+    assert all(line["verdict"].startswith("not here: ") for line in lines if not line["p50_ms"])
+
+
+def test_every_suite_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "range", lambda *_: range(8, 10), raising=False)  # fewer weights than it grows to
+    for suite in ("scaling", "models"):
+        path = tmp_path / f"{suite}.json"
+        assert cli.main(["bench", suite, "--quick", "--rounds", "1", "--json", str(path)]) == 0
+        for row in results.load(path)["rows"]:
+            assert row["failed"] is None
+            judged = row["times"].keys() - {*row["parts"]}
+            assert judged == row["errors"].keys() >= {"hyperkernels"}
+            assert all(saved["right"] for saved in row["errors"].values())
+            assert {line.times_faster for line in results.lines(row) if line.contestant in row["parts"]} <= {None}
+
+
+def test_a_layer_too_large_for_its_weights_is_judged_by_some_of_them(monkeypatch):
+    monkeypatch.setattr(growth, "free_bytes", lambda _device: 1000)
+    (row,) = run.run([("scaling", lambda: growth.layer(1e4))], 1, CEILINGS)
+    assert row["failed"] is None
+    assert row["errors"]["hyperkernels"]["right"]
+    assert row["missing"].keys() == {"dense", "materialise"}
+
+
+def test_suites_without_a_case_for_the_settings_are_said(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    kept = {"memory", "scaling", "models"}
+    with patch.object(command, "SUITES", {name: what for name, what in suites.SUITES.items() if name in kept}):
+        assert cli.main(["bench", *TINY, "--json", str(path)]) == 0
+    told = capsys.readouterr().err
+    assert "scaling is left out: its layers grow" in told
+    assert "models is left out" in told
+    assert {row["suite"] for row in results.load(path)["rows"]} == {"memory"}
+
+
+def test_a_case_that_a_setting_leaves_out_says_so(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    given = ["bench", "contexts", "conv", *TINY, "--backend", "cpu", "--json"]
+    assert cli.main([*given, str(path)]) == 0
+    missing = {row["missing"].get("the case") for row in results.load(path)["rows"]}
+    assert missing == {None, "cpu: it has no convolutions"}
+    assert cli.main(["bench", "contexts", *TINY, "--dtype", "fp64", "--json", str(path)]) == 0
+    assert "set up in fp32 on a CPU" in results.load(path)["rows"][0]["missing"]["the case"]
+    before = path.read_text()
+    assert cli.main(["bench", "conv", *TINY, "--backend", "cpu", "--json", str(path)]) == 1  # nothing was measured
+    assert path.read_text() == before
+
+
+def test_convolutions_have_as_many_channels_as_the_shape_says(tmp_path):
+    path = tmp_path / "x.json"
+    given = ("--quick", "--shape", "6x10", "--rounds", "1")
+    assert cli.main(["bench", "conv", *given, "--json", str(path)]) == 0
+    rows = results.load(path)["rows"]
+    assert ["10 to 6 channels" in row["case"] for row in rows] == [True, True]
+    assert all(row["errors"]["hyperkernels"]["right"] for row in rows)
 
 
 def test_a_baseline_that_is_missing_says_so(measured, monkeypatch, capsys):
@@ -83,7 +171,9 @@ def test_a_case_whose_library_is_missing_has_not_failed(tmp_path, monkeypatch, c
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
     monkeypatch.setattr(suites, "linear", absent)
-    assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "x.json")]) == 0
+    path = tmp_path / "x.json"
+    assert cli.main(["bench", "decode", "memory", *TINY, "--json", str(path)]) == 0
+    assert results.load(path)["rows"][0]["failed"] is None
     assert "transformers is not installed" in " ".join(capsys.readouterr().out.split())
 
 
@@ -141,7 +231,21 @@ def test_a_wrong_result_is_a_failed_row_however_fast(tmp_path, monkeypatch, caps
     (row,) = results.load(path)["rows"]
     assert "hyperkernels is wrong" in row["failed"]
     assert "FAILED" in capsys.readouterr().out
-    assert "failed" in (tmp_path / "wrong.csv").read_text()
+    lines = list(csv.DictReader((tmp_path / "wrong.csv").read_text().splitlines()))
+    assert [line["contestant"] for line in lines if "failed: hyperkernels is wrong" in line["verdict"]] == [
+        "hyperkernels"
+    ]
+
+
+def test_a_case_that_cannot_be_measured_has_its_line(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(suites, "linear", broken)
+    table = tmp_path / "x.csv"
+    assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "x.json"), "--csv", str(table)]) == 1
+    (line,) = csv.DictReader(table.read_text().splitlines())
+    assert line["verdict"] == "failed: no room"
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
@@ -162,6 +266,23 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     assert "Stopped before its end" in (tmp_path / "part.html").read_text()
 
 
+def test_the_signal_of_ctrl_c_keeps_what_was_measured(tmp_path):
+    path = tmp_path / "part.json"
+    given = ["bench", "decode", "memory", "linear", "--shape", "512x512", "--rounds", "200", "--json", str(path)]
+    process = subprocess.Popen([sys.executable, "-m", "hyperkernels", *given], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "cases are kept" in told
+    assert "Traceback" not in told
+    found = results.load(path)
+    assert found["rows"]
+    assert not found["complete"]
+
+
 def test_a_base_is_compared_factor_by_factor(measured, tmp_path, capsys):
     before = json.loads(measured.read_text())
     for row in before["rows"]:
@@ -169,7 +290,21 @@ def test_a_base_is_compared_factor_by_factor(measured, tmp_path, capsys):
     base = tmp_path / "base.json"
     base.write_text(json.dumps(before))
     assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "now.json"), "--base", str(base)]) == 0
-    assert "slower" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "less now" in told
+    assert "base: what it said" in told
+
+
+def test_a_base_without_git_asks_for_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.shutil, "which", lambda _name: None)
+    assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "x.json"), "--base", "HEAD"]) == 2
+    assert "needs git" in capsys.readouterr().err
+
+
+def test_ours_is_faster_or_slower():
+    assert results.faster(2.0) == "2.00x faster"
+    assert results.faster(0.5) == "2.00x slower"
+    assert results.faster(None) == ""
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_good_one(measured, tmp_path, monkeypatch):
@@ -191,7 +326,7 @@ def test_a_run_that_measures_nothing_leaves_the_file_of_the_one_before(measured,
     path = tmp_path / "before.json"
     shutil.copy(measured, path)
 
-    def stopped(_device):
+    def stopped(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "ceilings", stopped)
@@ -211,6 +346,21 @@ def test_plots_are_drawn_without_a_display(measured, tmp_path, monkeypatch, caps
         f"tiny-{n}.{k}" for n in ("speedup", "memory") for k in ("png", "svg")
     }
     assert all(Path(name).stat().st_size > 5000 for name in written)
+
+
+def test_pictures_hold_what_was_measured(measured):
+    found = results.load(measured)
+    drawn = plots.figures(found)
+    assert drawn.keys() == {"speedup", "roofline", "memory"}
+    (axis,) = [axis for axis in drawn["memory"].axes if axis.get_visible()]
+    ours = next(line for line in axis.lines if line.get_label() == "hyperkernels")
+    rows = [row for row in found["rows"] if row["suite"] == "memory"]
+    assert list(ours.get_xdata()) == [row["values"]["weights"] for row in rows]
+    assert list(ours.get_ydata()) == pytest.approx([row["peak_mib"]["hyperkernels"] for row in rows], abs=1e-3)
+    points = next(line for line in drawn["roofline"].axes[0].lines if line.get_label() == "hyperkernels")
+    assert len(points.get_xdata()) == sum("hyperkernels" in row["bytes"] for row in found["rows"])
+    batches = [axis for axis in drawn["speedup"].axes if axis.get_visible()]
+    assert all(len(axis.lines) > 1 for axis in batches)
 
 
 def test_the_crossover_lies_between_the_batches_where_the_factor_passes_1():
@@ -265,6 +415,8 @@ def test_env_explain_and_advise_speak_to_people_and_programs(capsys):
         (["bench", "--shape", "64"], "--shape: got '64', wanted NxK"),
         (["bench", "--rounds", "0"], "--rounds: got '0', wanted a positive integer"),
         (["bench", "scaling", "--shape", "64x64"], "no case for these settings"),
+        (["bench", "--calibrate", "--quick"], "--calibrate: got --quick beside it"),
+        (["explain", "64x64", "--chunk", "0x3"], "wanted RxC"),
         (["bench", "linear", "--device", "cuda"], "torch sees no CUDA device"),
         (["bench", "linear", "--backend", "triton"], "triton cannot do this here"),
         (["bench", "linear", "--json", "/dev/null/x.json"], "cannot write there"),
@@ -296,8 +448,12 @@ def test_bad_arguments_are_one_line_that_says_what_to_do(given, wanted, capsys, 
     [
         (lambda text: text[: len(text) // 2], "cut short"),
         (lambda text: "[]", "no results of"),
-        (lambda text: text.replace('"hyperkernels_bench": 1', '"hyperkernels_bench": 99'), "format 99"),
-        (lambda text: text.replace('"times"', '"tides"'), "parts of it are missing"),
+        (lambda text: text.replace('"hyperkernels_bench": 2', '"hyperkernels_bench": 99'), "format 99"),
+        (lambda text: text.replace('"times"', '"tides"'), "damaged at rows.0.times (Field required)"),
+        (lambda text: text.replace('"command"', '"commend"'), "damaged at command"),
+        (lambda text: text.replace('"gb_per_s": 20.0', '"gb_per_s": "fast"'), "damaged at machine.ceilings.gb_per_s"),
+        (lambda text: re.sub(r'"p50_ms": [^,]*', '"p50_ms": 0', text, count=1), "p50_ms (Input should be greater"),
+        (lambda text: text.replace('"B": 1,', '"B": "one",'), "values.B"),
     ],
 )
 def test_a_damaged_file_is_named(change, wanted, measured, tmp_path, capsys):
@@ -329,7 +485,8 @@ def test_a_case_is_judged_by_every_result_that_fp64_gives():
     exact = {"y": torch.ones(4, dtype=torch.float64), "dx": torch.ones(4, dtype=torch.float64)}
     right = {name: v.float() for name, v in exact.items()}
     contestants = {"materialise": lambda: right, "hyperkernels": lambda: right | {"dx": right["dx"] * 1.01}}
-    verdicts = case.judge(case.Case("", contestants, lambda: exact))
+    verdicts, raised = case.judge(case.Case("", contestants, lambda: exact))
+    assert not raised
     assert verdicts["materialise"].right
     assert not verdicts["hyperkernels"].right
     assert verdicts["hyperkernels"].error.max == pytest.approx(0.01, rel=1e-4)

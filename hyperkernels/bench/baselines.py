@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hyperkernels as hk
 from hyperkernels.backends import native_cpu
+from hyperkernels.bench.case import first_line
 
 BASELINES = {
     "dense": "the dense layer: torch's own linear or convolution, its weight there",
@@ -53,7 +54,7 @@ def add(contestants: dict[str, Any], left_out: dict[str, str], name: str, make: 
             contestants[name] = make()
             return
         except (ImportError, AttributeError, RuntimeError, OSError) as error:
-            why = str(error).strip().splitlines()[0]
+            why = first_line(error)
     left_out[name] = why
 
 
@@ -132,6 +133,13 @@ def materialised(x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     """`F.linear` with the weight formed, of one context."""
     N, K = hidden.shape[0] * head.shape[1], hidden.shape[1] * head.shape[2]
     return F.linear(x, hk.generate_weight(hidden, head, (N, K)))
+
+
+def compiled() -> Callable[..., Tensor]:
+    """`materialised` under torch.compile, for one shape: what it compiled for others is forgotten, of which it would
+    after a few take no more."""
+    torch.compiler.reset()
+    return torch.compile(materialised, dynamic=False)
 
 
 def einsum(x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from hyperkernels import calibration
@@ -34,28 +37,36 @@ class Point(NamedTuple):
     features: dict[str, float]
 
 
-def calibrate(results: Path) -> int:
-    """Measure, fit, keep; exit code 0, or 1 where the fit is no better than what the model had."""
+def calibrate(picture: Path) -> int:
+    """Measure, fit, keep, draw; exit code 0, or 1 where nothing is kept: the fit is no better than what the model had,
+    or somebody stopped it."""
     target = calibration.path()
     if target is None:
         raise ValueError("HYPERKERNELS_CALIBRATION is off, or there is no home folder: name a file in it")
+    for path in (target, picture):
+        saved.check_writable(path)
     torch.manual_seed(0)
-    points = measured()
+    try:
+        points = measured()
+    except KeyboardInterrupt:
+        print("stopped: nothing is kept", file=sys.stderr)
+        return 1
     before = calibration.constants()
     after = fitted(points, before)
     off = [median(_off(p, values) for p in points) for values in (before, after)]
-    picture = draw(points, {"as it was": before, "fitted": after}, results.with_name("hyperkernels-calibration.png"))
     print(f"{len(points)} calls; the model is off by {off[0]:.2f} times as it was, {off[1]:.2f} times fitted (median)")
     for name in calibration.CONSTANTS:
         print(f"  {name:20} {before[name]:12.4g} -> {after[name]:12.4g}")
-    print(f"picture: {picture}")
-    if off[1] > off[0]:
+    better = off[1] <= off[0]
+    if better:
+        kept = {"format": calibration.FORMAT, "machine": calibration.machine_key(), "constants": after}
+        saved.write(target, (json.dumps(kept, indent=1) + "\n").encode())
+        print(f"kept: {target}; delete it to go back")
+    else:
         print("nothing is kept: the fit is no better")
-        return 1
-    kept = {"format": calibration.FORMAT, "machine": calibration.machine_key(), "constants": after}
-    saved.write(target, json.dumps(kept, indent=1) + "\n")
-    print(f"kept: {target}; delete it to go back")
-    return 0
+    draw(points, {"as it was": before, "fitted": after}, picture)
+    print(f"picture: {picture}")
+    return 0 if better else 1
 
 
 def measured() -> list[Point]:
@@ -68,7 +79,7 @@ def measured() -> list[Point]:
     ]
     found = []
     with torch.no_grad():
-        for call in track(calls, "measuring"):
+        for call in track(calls, "measuring", console=Console(stderr=True)):
             factors = {name: torch.randn(call.shape(name)) for name in ("hidden", "head", "x")}
             for backend in ("cpu", "torch"):
                 if not BACKENDS[backend].supports(call, None)[0]:
@@ -153,7 +164,7 @@ def _bounded_least_squares(rows: torch.Tensor, steps: int = 2000) -> torch.Tenso
     return scale
 
 
-def draw(points: list[Point], models: dict[str, dict[str, float]], path: Path) -> Path:
+def draw(points: list[Point], models: dict[str, dict[str, float]], path: Path) -> None:
     from hyperkernels.bench.plots import canvas
 
     figure, axes = canvas(len(models))
@@ -167,6 +178,6 @@ def draw(points: list[Point], models: dict[str, dict[str, float]], path: Path) -
         axis.set(xscale="log", yscale="log", xlabel="measured, us", ylabel="expected, us", title=title)
         axis.grid(alpha=0.3)
         axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    saved.write(path, data.getvalue())

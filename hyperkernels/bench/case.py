@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,22 @@ ENGINES = (OURS, "triton")  # the contestants that are ours
 Contestants = dict[str, Callable[[], Any]]
 
 
+class NotHere(Exception):
+    """What was asked for leaves nothing to measure: the case's name, and why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(why)
+        self.name = name
+
+
 @dataclass
 class Case:
     """`contestants[OURS]` against the others, by name (`baselines.py`); `missing` says why one is not there.
 
     A contestant returns its results by name, or nothing where it is only timed. `exact` gives the same in fp64, perhaps
     of the first entries alone, and a result may be off by twice what that of `eager` is, plus the floor of its dtype.
+    Where that would be too slow, or random, `proof` is another case of the same contestants that is judged instead.
+    `parts` are contestants that do a part of the work, timed to show where the time goes.
 
     What the repository claims: `faster` and `smaller`, by what factor ours should beat a baseline in time and in peak
     memory; `of_peak`, what share of the FMA peak it should reach; `check` raises if ours is wrong otherwise.
@@ -33,6 +43,8 @@ class Case:
     exact: Callable[[], dict[str, Tensor]] | None = None
     eager: str = "materialise"
     missing: dict[str, str] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+    proof: Case | None = None
     call: Call | None = None
     outputs: tuple[str, ...] = ("y",)
     values: dict[str, Any] = field(default_factory=dict)  # what a plot has along its axes
@@ -60,20 +72,32 @@ def results_of(call: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor | N
     return {"y": y, **dict(zip(names, torch.autograd.grad(y, leaves, dy)))}
 
 
-def judge(case: Case) -> dict[str, Verdict]:
-    """Of each contestant that returns results, its errors against fp64."""
+def judge(case: Case) -> tuple[dict[str, Verdict], dict[str, str]]:
+    """Of each contestant that returns results, its errors against fp64; of each baseline that raises, what it said."""
+    case = case.proof or case
     if case.exact is None:
-        return {}
+        return {}, {}
     exact = case.exact()
     torch.manual_seed(0)
     eager = _first(case.contestants[case.eager](), exact)
     allowed = {name: error(value, exact[name]) for name, value in eager.items()}
-    found = {}
+    found, raised = {}, {}
     for name, run in case.contestants.items():
-        results = run()
+        try:
+            results = run()
+        except Exception as said:  # what is not ours may raise anything, a compiler's errors and a device's included
+            if name in ENGINES:
+                raise
+            raised[name] = first_line(said)
+            continue
         if isinstance(results, Mapping) and results.keys() & exact.keys():
             found[name] = _verdict(_first(results, exact), exact, allowed)
-    return found
+    return found, raised
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in a line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _first(results: Mapping[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,14 +109,21 @@ def _verdict(results: dict[str, Tensor], exact: dict[str, Tensor], allowed: dict
     errors, right = [], True
     for name, value in results.items():
         found, floor = error(value, exact[name]), FLOOR[value.dtype]
-        right = right and all(got <= 2 * most + floor for got, most in zip(found, allowed[name]))
+        mosts = allowed.get(name) or _largest(allowed.values())  # of the same work, laid out otherwise
+        right = right and all(got <= 2 * most + floor for got, most in zip(found, mosts))
         errors.append(found)
-    return Verdict(Error(*(max(kind) for kind in zip(*errors))), right)
+    return Verdict(_largest(errors), right)
+
+
+def _largest(errors: Iterable[Error]) -> Error:
+    return Error(*(max(kind) for kind in zip(*errors)))
 
 
 def assert_right(case: Case, engines: Sequence[str] = ENGINES) -> None:
-    """That ours are, and whatever else the case checks."""
-    for name, verdict in judge(case).items():
+    """That ours are, that every baseline runs, and whatever else the case checks."""
+    verdicts, raised = judge(case)
+    assert not raised, f"{case.name}: {raised}"
+    for name, verdict in verdicts.items():
         assert verdict.right or name not in engines, f"{name}: error {verdict.error} against fp64 in {case.name}"
     if case.check is not None:
         case.check()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -20,16 +20,16 @@ from rich.table import Table
 
 from hyperkernels.backends import BACKENDS
 from hyperkernels.bench import results as saved
-from hyperkernels.bench.case import ENGINES, OURS
+from hyperkernels.bench.case import NotHere
 from hyperkernels.bench.linear import Ours
 from hyperkernels.bench.measure import ceilings, machine
 from hyperkernels.bench.run import run
 from hyperkernels.bench.suites import DTYPES, SUITES, Wanted, cases
 from hyperkernels.call import Call
 from hyperkernels.chunking import Grid
+from hyperkernels.tables import wide_console
 
 ROUNDS, QUICK_ROUNDS = 15, 5
-WIDE = 120
 SLOWER = 0.8  # of the base's factor over a baseline: less is pointed out
 
 
@@ -45,9 +45,14 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     wanted = Wanted(arguments.quick, tuple(arguments.shape), arguments.dtype, arguments.device, ours)
-    todo = [(suite, make) for suite in chosen for make in cases(suite, wanted)]
-    if not todo:
-        raise ValueError(f"{', '.join(chosen)}: no case for these settings; leave out --shape, --dtype or --device")
+    todo = []
+    for suite in chosen:
+        try:
+            todo += [(suite, make) for make in cases(suite, wanted)]
+        except NotHere as why:
+            if suite in arguments.suites:
+                raise ValueError(f"{suite}: no case for these settings: {why}") from None
+            print(f"{suite} is left out: {why}", file=sys.stderr)
     found = saved.new(machine(arguments.device), shlex.join(["hyperkernels", *arguments.given]))
     found["machine"]["ceilings"] = {}
     for path in (arguments.json, arguments.csv):
@@ -65,7 +70,7 @@ def bench(arguments: argparse.Namespace) -> int:
     ):
         bar = progress.add_task("the machine's ceilings", total=len(todo) * rounds)
         try:
-            found["machine"]["ceilings"] = ceilings(arguments.device)
+            found["machine"]["ceilings"] = ceilings(arguments.device, DTYPES[arguments.dtype])
 
             def tick(name: str) -> None:
                 progress.update(bar, advance=1, description=name[:60])
@@ -76,12 +81,15 @@ def bench(arguments: argparse.Namespace) -> int:
             found["complete"] = True
         except KeyboardInterrupt:
             console.print(f"stopped: {len(found['rows'])} of {len(todo)} cases are kept")
-        if found["rows"]:  # else what an earlier run saved stays
-            _save(arguments, found)
+        _save(arguments, found)
     print_rows(found, base)
-    if found["rows"]:
+    if _measured(found):
         print(f"\nresults: {arguments.json}")
-    return int(not found["complete"] or any(row["failed"] for row in found["rows"]))
+    return int(not found["complete"] or not _measured(found) or any(row["failed"] for row in found["rows"]))
+
+
+def _measured(found: saved.Results) -> bool:
+    return any(row["times"] or row["failed"] for row in found["rows"])
 
 
 def _check_backend(arguments: argparse.Namespace, ours: Ours) -> None:
@@ -93,7 +101,9 @@ def _check_backend(arguments: argparse.Namespace, ours: Ours) -> None:
         raise ValueError(f"--backend: {ours.backend} cannot do this here: {reason}")
 
 
-def _save(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+def _save(arguments: argparse.Namespace, found: saved.Results) -> None:
+    if not _measured(found):  # what an earlier run saved stays
+        return
     saved.save(arguments.json, found)
     if arguments.csv:
         saved.save_csv(arguments.csv, found)
@@ -109,13 +119,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _base(arguments: argparse.Namespace) -> dict[str, Any]:
+def _base(arguments: argparse.Namespace) -> saved.Results:
     """The results of another commit, measured now by its own code, or those of a file."""
     path = Path(arguments.base)
     if path.suffix == ".json":
         return saved.load(path)
     root = Path(__file__).parents[2]
     git = ["git", "-C", str(root)]
+    if not shutil.which("git"):
+        raise ValueError("--base: a commit needs git, which is not installed: give a results file (.json)")
     commit = subprocess.run(
         [*git, "rev-parse", "--verify", f"{arguments.base}^{{commit}}"], capture_output=True, text=True
     )
@@ -151,11 +163,9 @@ def _without(given: list[str], *options: str) -> list[str]:
     return kept
 
 
-def print_rows(found: dict[str, Any], base: dict[str, Any] | None = None) -> None:
-    """A table for each suite; of ours, how many times faster it is than each."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDE)  # a file has no edge
+def print_rows(found: saved.Results, base: saved.Results | None = None) -> None:
+    """A table for each case, and below what its columns mean."""
+    console = wide_console()
     there = found["machine"]
     told = there["ceilings"]
     rates = ", ".join(
@@ -167,45 +177,38 @@ def print_rows(found: dict[str, Any], base: dict[str, Any] | None = None) -> Non
         if key in told
     )
     console.print(f"{there['device']}; torch {there['torch']}; {rates}", highlight=False)
-    for suite in dict.fromkeys(row["suite"] for row in found["rows"]):
-        for row in found["rows"]:
-            if row["suite"] == suite:
-                console.print(_table(row, base))
-                if row["failed"]:
-                    console.print(f"[bold]FAILED[/bold]: {row['failed']}", highlight=False)
+    for row in found["rows"]:
+        console.print(_table(row, base))
+        if row["failed"]:
+            console.print(f"[bold]FAILED[/bold]: {row['failed']}", highlight=False)
+    terms = saved.TERMS | ({"base": "what it said of ours against the same baseline"} if base else {})
+    console.print("\n".join(f"{name}: {what}" for name, what in terms.items()), highlight=False, style="dim")
 
 
-def _table(row: dict[str, Any], base: dict[str, Any] | None) -> Table:
+def _table(row: saved.Row, base: saved.Results | None) -> Table:
     table = Table(title=f"{row['suite']}: {row['case']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = ["", "p20 ms", "p50", "p80", "faster", "roof", "max err", "RMS err", "MiB"]
+    columns = ["", "p20 ms", "p50", "p80", "ours is", "roof", "max err", "RMS err", "MiB", *(["base"] if base else [])]
     for n, name in enumerate(columns):
         table.add_column(name, justify="left" if n == 0 else "right", no_wrap=True)
-    if base:
-        table.add_column("base", justify="right")
-    for name, times in row["times"].items():
-        error = row["errors"].get(name)
-        mine = name in ENGINES
-        factor = None if name == OURS else saved.ratio(row, name)
-        share = row["of_roofline"].get(name)
-        cells = [f"{times[key]:.3g}" for key in ("p20_ms", "p50_ms", "p80_ms")]
-        cells += [f"{factor:.2f}x" if factor else "", f"{share:.0%}" if share else ""]
-        cells += [f"{error[kind]:.0e}" if error else "" for kind in ("max", "rms")]
-        cells.append(f"{row['peak_mib'].get(name, 0):.1f}")
+    for line in saved.lines(row):
+        cells = [f"{value:.3g}" for value in (line.p20_ms, line.p50_ms, line.p80_ms)]
+        cells += [saved.faster(line.times_faster), f"{line.of_roofline:.0%}" if line.of_roofline else ""]
+        cells += ["" if off is None else f"{off:.0e}" for off in (line.max_error, line.rms_error)]
+        cells.append(f"{line.peak_mib:.1f}")
         if base:
-            cells.append(_against(base, row, name))
-        wrong = error is not None and not error["right"]
-        table.add_row(f"{name}, wrong" if wrong else name, *cells, style="bold" if mine else None)
+            cells.append(_against(base, row, line))
+        who = f"{line.contestant}, wrong" if line.verdict == "wrong" else line.contestant
+        table.add_row(who, *cells, style="bold" if line.ours else None)
     if row["missing"]:
         table.caption = "\n".join(f"{name} is not here: {why}" for name, why in row["missing"].items())
         table.caption_justify = "left"
     return table
 
 
-def _against(base: dict[str, Any], row: dict[str, Any], name: str) -> str:
+def _against(base: saved.Results, row: saved.Row, line: saved.Line) -> str:
     """The base's factor over the same baseline: a ratio within each run, which the machine's drift is out of."""
     other = next((r for r in base["rows"] if (r["suite"], r["case"]) == (row["suite"], row["case"])), None)
-    if other is None or name == OURS or saved.ratio(other, name) is None:
+    before = None if other is None else saved.ratio(other, line.contestant)
+    if before is None or line.times_faster is None:
         return ""
-    before, now = saved.ratio(other, name), saved.ratio(row, name)
-    assert before is not None
-    return f"{before:.2f}x" + (", slower now" if now and now < SLOWER * before else "")
+    return saved.faster(before) + (": less now" if line.times_faster < SLOWER * before else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 import hyperkernels as hk
 from hyperkernels.bench import baselines
 from hyperkernels.bench.case import OURS, Case, Contestants, results_of
-from hyperkernels.bench.linear import Ours
-from hyperkernels.testing import assert_no_worse_than_eager
+from hyperkernels.bench.linear import Ours, unusual
+from hyperkernels.conv_form import conv_form, parts
 from hyperkernels.weight import form
 
 
 def convolution(
-    channels: int,
+    shape: tuple[int, int],
     size: int,
     chunk: tuple[int, int],
     m: int,
@@ -33,24 +34,29 @@ def convolution(
     dtype: torch.dtype = torch.float32,
     ours: Ours = Ours(),  # noqa: B008 - frozen
 ) -> Case:
-    """Kernels of 3x3 on images of `size x size`, padded to stay so: against the dense layer of the same kernels; or
-    with a context per image against all kernels formed, and one convolution with a group per image. `unfolded` adds the
-    native engine on windows laid out beforehand, for nothing: the most that a fused convolution of its own could
-    reach."""
-    rows, cols = chunk
-    if channels % rows or channels % cols:
-        raise ValueError(f"chunk: got {rows}x{cols}, wanted one that divides {channels} channels")
-    I, J, shape = channels // rows, channels // cols, (channels, channels, 3, 3)
+    """Kernels of 3x3, of `shape` out and in channels, on images of `size x size`, padded to stay so: against the dense
+    layer of the same kernels, in either memory format; or with a context per image against all kernels formed, and one
+    convolution with a group per image. `unfolded` adds the native engine on windows laid out beforehand, for nothing:
+    the most that a fused convolution of its own could reach."""
+    (N, K), (rows, cols) = shape, chunk
+    if N % rows or K % cols:
+        raise ValueError(f"chunk: got {rows}x{cols}, wanted one that divides {N}x{K} channels")
+    I, J = N // rows, K // cols
+    what = "forward and backward" if train else "forward"
+    whose = f"{B} contexts of one image" if per_image else f"B={B}"
+    channels = f"{N} channels" if N == K else f"{K} to {N} channels"
+    name = f"{what}, 3x3 convolution, {channels}, {size}x{size}, chunks {rows}x{cols}, m={m}, {whose}" + unusual(dtype)
 
     def draw(*sizes: int) -> Tensor:
         return torch.randn(sizes, device=device, dtype=dtype).requires_grad_()
 
     hidden = draw(*((B,) if per_image else ()), I, J, m)
-    leaves = [draw(B, channels, size, size), hidden, draw(m, rows, cols, 3, 3)]
-    dy = draw(B, channels, size, size).detach()
+    leaves = [draw(B, K, size, size), hidden, draw(m, rows, cols, 3, 3)]
+    dy = draw(B, N, size, size).detach()
+    ours.check(name, next(parts(conv_form(2, leaves[0], hidden, leaves[2], padding=1))).call)
 
     def materialised(x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
-        weight = hk.generate_weight(hidden, head, shape)
+        weight = hk.generate_weight(hidden, head, (N, K, 3, 3))
         return baselines.grouped_conv(x, weight, padding=1) if per_image else F.conv2d(x, weight, padding=1)
 
     def run(call: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor = dy) -> dict[str, Tensor]:
@@ -59,8 +65,11 @@ def convolution(
     formed = "grouped-conv" if per_image else "materialise"
     contestants: Contestants = {}
     if not per_image:
-        weight = hk.generate_weight(hidden, leaves[2], shape).detach().requires_grad_()
-        contestants["dense"] = lambda: run(partial(F.conv2d, padding=1), [leaves[0], weight])
+        weight = hk.generate_weight(hidden, leaves[2], (N, K, 3, 3)).detach().requires_grad_()
+        plain = [leaves[0], weight]
+        last = [v.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for v in plain]
+        contestants["dense"] = lambda: run(partial(F.conv2d, padding=1), plain)
+        contestants["dense, channels_last"] = lambda: run(partial(F.conv2d, padding=1), last)
     contestants[formed] = lambda: run(materialised, leaves)
     contestants[OURS] = lambda: run(partial(hk.hyper_conv2d, padding=1, **ours.settings), leaves)
     if unfolded:
@@ -76,34 +85,33 @@ def convolution(
     def exact() -> dict[str, Tensor]:
         return run(materialised, [v.detach().double().requires_grad_() for v in leaves], dy.double())
 
-    what = "forward and backward" if train else "forward"
-    whose = f"{B} contexts of one image" if per_image else f"B={B}"
     return Case(
-        f"{what}, 3x3 convolution, {channels} channels, {size}x{size}, chunks {rows}x{cols}, m={m}, {whose}",
+        name,
         contestants,
         exact,
         formed,
-        values={"N": channels, "K": channels, "chunk": list(chunk), "m": m, "B": B, "train": train}
-        | {"weights": 9 * channels**2 * (B if per_image else 1), "contexts": B if per_image else 1},
+        values={"N": N, "K": K, "chunk": list(chunk), "m": m, "B": B}
+        | {"weights": 9 * N * K * (B if per_image else 1), "contexts": B if per_image else 1},
     )
 
 
-def resnet50_step(B: int, *, per_image: bool) -> Case:
+def resnet50_step(B: int, *, per_image: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
     """Forward and backward of a ResNet-50 at 224x224 whose every convolution is generated by one `HyperNet`, each cut
     as the planner would: against the dense network, in either memory format."""
     transformers: Any = import_module("transformers")
     config: Any = transformers.ResNetConfig()
-    networks = [transformers.ResNetForImageClassification(config) for _ in range(3)]
-    images, labels = torch.randn(B, 3, 224, 224), torch.randint(config.num_labels, (B,))
+    networks: list[Any] = [transformers.ResNetForImageClassification(config).to(device, dtype) for _ in range(3)]
+    images = torch.randn(B, 3, 224, 224, device=device, dtype=dtype)
+    labels = torch.randint(config.num_labels, (B,), device=device)
     last = images.contiguous(memory_format=torch.channels_last)
     net = hk.HyperNet(
         networks[2],
         filter_fn=lambda layer, _name: isinstance(layer, nn.Conv2d),
         context_features=8 if per_image else None,
         width=16,
-    )
+    ).to(device, dtype)
     hyper = hk.HyperModel(networks[2], net)
-    z = torch.randn(B, 8) if per_image else None
+    z = torch.randn(B, 8, device=device, dtype=dtype) if per_image else None
     networks[1].to(memory_format=torch.channels_last)
 
     def step(network: nn.Module, images: Tensor, **context: Tensor | None) -> None:
@@ -117,22 +125,22 @@ def resnet50_step(B: int, *, per_image: bool) -> Case:
     }
 
     @torch.no_grad()
-    def check() -> None:
-        """Image by image, with the weights formed; normalised as in evaluation."""
-        hyper.eval()
+    def one_by_one(dtype: torch.dtype) -> dict[str, Tensor]:
+        """Of two images, with the weights formed; normalised as in evaluation."""
         weights = {name: form(weight) for name, weight in net(z).items()}
-        dense = hyper.model
-        logits = []
-        for dtype in (torch.float32, torch.float64):
-            dense.to(dtype)
-            own = [{n: (w[b] if per_image else w).to(dtype) for n, w in weights.items()} for b in range(2)]
-            rows = [torch.func.functional_call(dense, own[b], images[b : b + 1].to(dtype)).logits for b in range(2)]
-            logits.append(torch.cat(rows))
-        dense.float()
-        ours = hyper(last[:2], context=None if z is None else z[:2]).logits
-        hyper.train()
-        assert_no_worse_than_eager("logits", ours, *logits)
+        dense = copy.deepcopy(hyper.model).eval().to(dtype)
+        own = [{n: (w[b] if per_image else w).to(dtype) for n, w in weights.items()} for b in range(2)]
+        rows = [torch.func.functional_call(dense, own[b], images[b : b + 1].to(dtype)).logits for b in range(2)]
+        return {"logits": torch.cat(rows)}
 
+    @torch.no_grad()
+    def at_once() -> dict[str, Tensor]:
+        logits = hyper.eval()(last[:2], context=None if z is None else z[:2]).logits
+        hyper.train()
+        return {"logits": logits}
+
+    eager = {"materialise": lambda: one_by_one(dtype), OURS: at_once}
+    proof = Case("", eager, lambda: one_by_one(torch.float64))
     whose = f"{B} contexts of one image" if per_image else f"B={B}"
-    name = f"forward and backward, ResNet-50 at 224x224, every convolution generated, m=16, {whose}"
-    return Case(name, contestants, check=check, values={"B": B, "contexts": B if per_image else 1, "train": True})
+    name = f"forward and backward, ResNet-50 at 224x224, every convolution generated, m=16, {whose}" + unusual(dtype)
+    return Case(name, contestants, proof=proof, values={"B": B, "contexts": B if per_image else 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hyperkernels as hk
-from hyperkernels.backends import triton_fused
+from hyperkernels.backends import BACKENDS, triton_fused
 from hyperkernels.bench import baselines
-from hyperkernels.bench.case import OURS, Case, Contestants, results_of
+from hyperkernels.bench.case import OURS, Case, Contestants, NotHere, results_of
+from hyperkernels.call import Call
 from hyperkernels.form import canonical_form
 from hyperkernels.testing import peak_bytes
 
@@ -32,11 +34,24 @@ class Ours:
     def settings(self) -> dict[str, Any]:
         return {"order": self.order, "backend": self.backend}
 
+    def check(self, name: str, call: Call) -> None:
+        """Raises NotHere where the backend that was asked for cannot do the call."""
+        if self.backend is not None:
+            able, reason = BACKENDS[self.backend].supports(call, self.order)
+            if not able:
+                raise NotHere(name, f"{self.backend}: {reason}")
 
-def with_triton(contestants: Contestants, device: str, make: Callable[[str], Callable[[], Any]], ours: Ours) -> None:
-    """Ours by the Triton kernels beside ours as planned, where they run and nobody asked for a backend."""
-    if ours.backend is None and find_spec("triton") and (device == "cuda" or triton_fused.interpreted()):
-        contestants["triton"] = make("triton")
+
+def with_triton(
+    contestants: Contestants, missing: dict[str, str], make: Callable[..., Callable[[], Any]], call: Call, ours: Ours
+) -> None:
+    """Ours by the Triton kernels beside ours as planned, where there may be any and nobody asked for a backend."""
+    if ours.backend is None and find_spec("triton") and (call.device == "cuda" or triton_fused.interpreted()):
+        able, reason = BACKENDS["triton"].supports(call, ours.order)
+        if able:
+            contestants["triton"] = make(backend="triton", order=ours.order)
+        else:
+            missing["triton"] = reason
 
 
 def linear(
@@ -61,8 +76,12 @@ def linear(
     def draw(*sizes: int) -> Tensor:
         return torch.randn(sizes, device=device, dtype=dtype).requires_grad_()
 
+    what = "forward and backward" if train else "forward"
+    name = f"{what}, {N}x{K}, chunks {rows}x{cols}, m={m}, B={B}" + unusual(dtype)
     x, hidden, head, dy = draw(B, K), draw(I, J, m), draw(m, rows, cols), draw(B, N).detach()
     leaves = [x, hidden, head]
+    planned = canonical_form(x, hidden, head).call
+    ours.check(name, planned)
     weight = hk.generate_weight(hidden, head, shape).detach().requires_grad_()
 
     def run(call: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor = dy) -> dict[str, Tensor]:
@@ -77,30 +96,33 @@ def linear(
         add("dense-onednn", lambda: baselines.onednn_dense(x.detach(), weight.detach()), device, dtype)
     contestants["materialise"] = lambda: run(baselines.materialised, leaves)
     if more:
-        compiled = torch.compile(baselines.materialised)
-        add("materialise-compiled", lambda: lambda: run(compiled, leaves))
+        add("materialise-compiled", lambda: partial(run, baselines.compiled(), leaves))
     add("einsum", lambda: lambda: run(baselines.einsum, leaves))
     if more and not train:
         add("fastkron", lambda: baselines.fastkron(*(v.detach() for v in leaves)), device, dtype)
-    contestants[OURS] = lambda: run(partial(hk.hyper_linear, **ours.settings), leaves)
-    with_triton(contestants, device, lambda name: lambda: run(partial(hk.hyper_linear, backend=name), leaves), ours)
+
+    def layer(**settings: Any) -> Callable[[], Any]:
+        return lambda: run(partial(hk.hyper_linear, **settings), leaves)
+
+    contestants[OURS] = layer(**ours.settings)
+    with_triton(contestants, left_out, layer, planned, ours)
 
     def exact() -> dict[str, Tensor]:
         return run(baselines.materialised, [v.detach().double().requires_grad_() for v in leaves], dy.double())
 
-    what = "forward and backward" if train else "forward"
     return Case(
-        f"{what}, {N}x{K}, chunks {rows}x{cols}, m={m}, B={B}" + _unusual(dtype),
+        name,
         contestants,
         exact,
         missing=left_out,
-        call=canonical_form(x, hidden, head).call,
+        call=planned,
         outputs=("y", "hidden", "head", "x") if train else ("y",),
-        values={"N": N, "K": K, "chunk": list(chunk), "m": m, "B": B, "weights": N * K, "train": train},
+        values={"N": N, "K": K, "chunk": list(chunk), "m": m, "B": B, "weights": N * K},
     )
 
 
-def _unusual(dtype: torch.dtype) -> str:
+def unusual(dtype: torch.dtype) -> str:
+    """A dtype that a case's name does not go without."""
     return "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
 
 
@@ -133,11 +155,11 @@ def contexts(
         trunk, trunk_bias, out, out_bias, embeddings = (v.detach() for v in net.parameters())
 
         @torch.no_grad()
-        def theirs() -> dict[str, Tensor]:
-            flat = net.forward(cond_input=z)
-            return {"y of flat chunks": torch.cat([F.linear(x[g : g + 1], w[0]) for g, w in enumerate(flat)])}
+        def of_flat_chunks(net: Any, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+            weights = net.forward(cond_input=z)
+            return {"y of flat chunks": torch.cat([F.linear(x[g : g + 1], w) for g, (w,) in enumerate(weights)])}
 
-        contestants["hypnettorch"] = theirs
+        contestants["hypnettorch"] = lambda: of_flat_chunks(net, x, z)
     head, head_bias = out.T.reshape(m, rows, cols).contiguous(), out_bias.view(rows, cols)
 
     def hidden(dtype: torch.dtype = torch.float32) -> hk.AdditiveHidden:
@@ -162,7 +184,10 @@ def contexts(
         own = hidden(torch.float64)
         few = hk.AdditiveHidden(own.context[:8], own.chunks, activation)
         weights = hk.generate_weight(few, head.double(), (N, K), head_bias=head_bias.double())
-        return {"y": torch.einsum("gnk,gk->gn", weights, x[:8].double())}
+        found = {"y": torch.einsum("gnk,gk->gn", weights, x[:8].double())}
+        if not left_out:
+            found |= of_flat_chunks(copy.deepcopy(net).double(), x[:8].double(), z[:8].double())
+        return found
 
     @torch.no_grad()
     def check() -> None:
@@ -250,9 +275,8 @@ def many_contexts(
     ids = None if entries is None else torch.arange(L, device=device) % G
 
     @torch.no_grad()
-    def run(backend: str | None = ours.backend) -> dict[str, Tensor]:
-        given: dict[str, Any] = {"context_ids": ids, "backend": backend, "order": ours.order}
-        return {"y": hk.hyper_linear(x, hk.AdditiveHidden(context, chunks, "relu"), head, **given)}
+    def run(**settings: Any) -> dict[str, Tensor]:
+        return {"y": hk.hyper_linear(x, hk.AdditiveHidden(context, chunks, "relu"), head, context_ids=ids, **settings)}
 
     @torch.no_grad()
     def materialised(*tensors: Tensor) -> dict[str, Tensor]:
@@ -269,14 +293,21 @@ def many_contexts(
         few = context if ids is not None else context[:2]
         return materialised(*(v.double() for v in (x[:2], few, chunks, head)))
 
-    contestants: Contestants = {"materialise": lambda: materialised(x, context, chunks, head), OURS: run}
-    with_triton(contestants, device, lambda name: lambda: run(name), ours)
     call = canonical_form(x, hk.AdditiveHidden(context, chunks, "relu"), head, context_ids=ids).call
     who = f"{G} contexts of {T}" if ids is None else f"{L} requests of {G} tasks, {T} tokens each"
+    name = f"forward, {who}, {N}x{K}, chunks {rows}x{cols}, m={m}, relu" + unusual(dtype)
+    ours.check(name, call)
+    left_out: dict[str, str] = {}
+    contestants: Contestants = {
+        "materialise": lambda: materialised(x, context, chunks, head),
+        OURS: partial(run, **ours.settings),
+    }
+    with_triton(contestants, left_out, partial(partial, run), call, ours)
     return Case(
-        f"forward, {who}, {N}x{K}, chunks {rows}x{cols}, m={m}, relu" + _unusual(dtype),
+        name,
         contestants,
         exact,
+        missing=left_out,
         call=call,
         values={"N": N, "K": K, "chunk": list(chunk), "m": m, "B": L * T, "contexts": G, "weights": G * N * K}
         | {"whose": ", a context per sequence" if ids is None else ", requests of mixed tasks"},

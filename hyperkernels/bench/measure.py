@@ -6,16 +6,22 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
 
 import hyperkernels as hk
 from hyperkernels.backends import native_cpu
-from hyperkernels.environment import cpu_info
+from hyperkernels.machine import cpu_info
 
 WARM_S = 0.01
+LEAST_S = 1e-3  # of a measurement: shorter calls are repeated within it
+SLOW_S = 0.1  # a call that takes this long is its own warm-up
+CACHE_BYTES = 256 << 20  # written between calls on a CUDA device, more than its second-level cache
 
 
 class Quantiles(NamedTuple):
@@ -25,8 +31,8 @@ class Quantiles(NamedTuple):
 
     @classmethod
     def of(cls, seconds: list[float]) -> Quantiles:
-        ordered = sorted(seconds)
-        return cls(*(1e3 * ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8)))
+        shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        return cls(*(1e3 * torch.tensor(seconds, dtype=torch.float64).quantile(shares)).tolist())
 
 
 def warm(call: Callable[[], Any], device: str = "cpu") -> None:
@@ -76,22 +82,72 @@ def graphed(calls: list[Callable[[], Any]]) -> Callable[[], float]:
     return replay
 
 
-def ceilings(device: str = "cpu") -> dict[str, float]:
-    """The best of ten large matrix products and of ten large copies, fp32 on a CPU and bf16 on a CUDA device; on a CPU
-    also the fp32 multiplications and additions of all threads whose operands never leave their registers."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+class Clock:
+    """Seconds of one call, by torch's own timer; on a CUDA device by events, its second-level cache flushed."""
+
+    def __init__(self, call: Callable[[], Any], device: str = "cpu") -> None:
+        self.call, self.device = call, device
+        first = self._once()
+        once = min(first, self._once()) if first >= SLOW_S else first  # the first may have compiled something
+        self.slow = once >= SLOW_S
+        if not self.slow:
+            warm(call, device)
+            self.timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            self.number = 1 if device == "cuda" else max(1, int(LEAST_S / self.timer.timeit(1).mean))
+
+    def _once(self) -> float:
+        start = time.perf_counter()
+        self.call()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def seconds(self) -> float:
+        if self.device == "cuda":
+            return self._by_events()
+        if self.slow:
+            return self._once()
+        warm(self.call)
+        return self.timer.timeit(self.number).mean
+
+    def _by_events(self) -> float:
+        if not self.slow:
+            self.call()
+        _beyond_the_cache().zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+@cache
+def _beyond_the_cache() -> Tensor:
+    return torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+
+
+def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """The best of ten large matrix products in `dtype`, and of ten large copies; on a CPU also the multiplications and
+    additions in fp32 of all threads whose operands never leave their registers, unless the work is in fp64."""
+    size = 8192 if device == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     source = torch.randn(64 << 20, device=device)
     target = torch.empty_like(source)
-    product = min(timed(lambda: a @ a, device) for _ in range(10))
-    copy = min(timed(lambda: target.copy_(source), device) for _ in range(10))
+    clocks = Clock(lambda: a @ a, device), Clock(lambda: target.copy_(source), device)
+    product, copy = (min(clock.seconds() for _ in range(10)) for clock in clocks)
     found = {"gflop_per_s": 2 * size**3 / product / 1e9, "gb_per_s": 2 * source.nbytes / copy / 1e9}
-    if device == "cpu" and not native_cpu.MISSING:
+    if device == "cpu" and dtype != torch.float64 and not native_cpu.MISSING:
         spin, threads = import_module("hyperkernels._cpu").peak_flops_per_s, torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool:
             together = [sum(pool.map(lambda _: spin(), range(threads))) for _ in range(5)]
         found["fma_gflop_per_s"] = max(together) / 1e9
     return found
+
+
+def peak_gflop_per_s(ceilings: dict[str, float]) -> float:
+    """The higher of what a large product reaches and what registers do: bf16 has instructions of its own."""
+    return max(value for name, value in ceilings.items() if name.endswith("gflop_per_s"))
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

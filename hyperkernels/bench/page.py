@@ -6,11 +6,9 @@ import base64
 import html
 import io
 from pathlib import Path
-from typing import Any
 
 from hyperkernels.bench import results as saved
 from hyperkernels.bench.baselines import BASELINES
-from hyperkernels.bench.case import ENGINES, OURS
 from hyperkernels.bench.plots import figures
 from hyperkernels.bench.suites import SUITES
 
@@ -36,11 +34,11 @@ figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #444; }
 
 def write_page(path: Path, output: Path) -> Path:
     results = saved.load(path)
-    saved.write(output, page(results))
+    saved.write(output, page(results).encode())
     return output
 
 
-def page(results: dict[str, Any]) -> str:
+def page(results: saved.Results) -> str:
     """The whole document."""
     machine, rates = results["machine"], results["machine"]["ceilings"]
     told = [machine["device"], f"torch {machine['torch']}", f"Python {machine['python']}"]
@@ -61,9 +59,9 @@ def page(results: dict[str, Any]) -> str:
     for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
         parts.append(f"<h2>{_text(suite)}</h2><p>{_text(SUITES.get(suite, ''))}.</p>")
         parts += [_table(row) for row in results["rows"] if row["suite"] == suite]
+    parts.append(f"<h2>Columns</h2>{_terms(saved.TERMS)}")
     used = {name for row in results["rows"] for name in (*row["times"], *row["missing"])}
-    terms = "".join(f"<dt>{_text(n)}</dt><dd>{_text(what)}</dd>" for n, what in BASELINES.items() if n in used)
-    parts.append(f"<h2>Baselines</h2><dl>{terms}</dl>")
+    parts.append(f"<h2>Baselines</h2>{_terms({n: what for n, what in BASELINES.items() if n in used})}")
     title = "hyperkernels, measured"
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     body = "\n".join(parts)
@@ -71,23 +69,24 @@ def page(results: dict[str, Any]) -> str:
     return f"{start}<body><h1>{title}</h1>\n{body}\n</body></html>\n"
 
 
-def _table(row: dict[str, Any]) -> str:
-    columns = ("", "p20 ms", "p50 ms", "p80 ms", "ours is", "of the roofline", "max error", "RMS error", "MiB")
+def _table(row: saved.Row) -> str:
+    columns = ("", "p20 ms", "p50 ms", "p80 ms", "ours is", "roof", "max err", "RMS err", "MiB")
     lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
-    for name, times in row["times"].items():
-        error, share = row["errors"].get(name), row["of_roofline"].get(name)
-        factor = None if name == OURS else saved.ratio(row, name)
-        cells = [name, *(f"{times[key]:.3f}" for key in ("p20_ms", "p50_ms", "p80_ms"))]
-        cells += [f"{factor:.2f} times faster" if factor else "", f"{share:.0%}" if share else ""]
-        cells += [f"{error[kind]:.1e}" if error else "" for kind in ("max", "rms")]
-        cells.append(f"{row['peak_mib'].get(name, 0):.1f}")
-        wrong = error is not None and not error["right"]
-        kind = "wrong" if wrong else "ours" if name in ENGINES else ""
+    for line in saved.lines(row):
+        cells = [line.contestant, *(f"{value:.3f}" for value in (line.p20_ms, line.p50_ms, line.p80_ms))]
+        cells += [saved.faster(line.times_faster), f"{line.of_roofline:.0%}" if line.of_roofline else ""]
+        cells += ["" if off is None else f"{off:.1e}" for off in (line.max_error, line.rms_error)]
+        cells.append(f"{line.peak_mib:.1f}")
+        kind = "wrong" if line.verdict == "wrong" else "ours" if line.ours else ""
         lines.append(f'<tr class="{kind}">' + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
     for name, why in row["missing"].items():
         lines.append(f'<tr class="missing"><td>{_text(name)}</td><td colspan="8">not here: {_text(why)}</td></tr>')
     failed = f"<p class=failed>Failed: {_text(row['failed'])}</p>" if row["failed"] else ""
     return f'<h3>{_text(row["case"])}</h3>{failed}<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _terms(terms: dict[str, str]) -> str:
+    return "<dl>" + "".join(f"<dt>{_text(n)}</dt><dd>{_text(what)}.</dd>" for n, what in terms.items()) + "</dl>"
 
 
 def _text(value: str) -> str:

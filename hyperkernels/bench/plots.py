@@ -12,6 +12,7 @@ from typing import Any
 
 from hyperkernels.bench import results as saved
 from hyperkernels.bench.case import OURS
+from hyperkernels.bench.measure import peak_gflop_per_s
 
 # Okabe and Ito's colours, of which no two look alike to the colour-blind, with a marker and a dash for each.
 STYLES: dict[str, tuple[str, str, Any]] = {
@@ -22,6 +23,7 @@ STYLES: dict[str, tuple[str, str, Any]] = {
     "einsum": ("#56B4E9", "v", ":"),
     "dense-tuned": ("#999999", "D", (0, (5, 2))),
     "dense-onednn": ("#666666", "*", (0, (1, 1))),
+    "dense, channels_last": ("#666666", "H", "--"),
     "materialise-compiled": ("#E69F00", "<", (0, (3, 1, 1, 1))),
     "fastkron": ("#009E73", ">", (0, (1, 2))),
     "hypnettorch": ("#E69F00", "X", (0, (4, 1, 1, 1))),
@@ -36,7 +38,7 @@ def _style(name: str) -> dict[str, Any]:
     return {"color": color, "marker": marker, "linestyle": dash, "label": name, "markersize": 5}
 
 
-def figures(results: dict[str, Any]) -> dict[str, Any]:
+def figures(results: saved.Results) -> dict[str, Any]:
     """The pictures that these results have data for, by name."""
     found = {}
     for name, make in _FIGURES.items():
@@ -58,13 +60,7 @@ def plot(path: Path, folder: Path, wanted: str) -> list[Path]:
             target = folder / f"{path.stem}-{name}.{kind}"
             data = io.BytesIO()
             figure.savefig(data, format=kind, dpi=130)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data.getvalue())
-            except OSError as error:
-                raise saved.ResultsError(
-                    f"{target}: cannot write it ({error.strerror}): give another --output"
-                ) from None
+            saved.write(target, data.getvalue())
             written.append(target)
     return written
 
@@ -78,8 +74,13 @@ def crossover(points: Sequence[tuple[float, Any]]) -> float | None:
     return None
 
 
-def _good(results: dict[str, Any], *suites: str) -> list[dict[str, Any]]:
+def _good(results: saved.Results, *suites: str) -> list[saved.Row]:
     return [row for row in results["rows"] if row["suite"] in suites and not row["failed"] and row["times"]]
+
+
+def _along(row: saved.Row, name: str) -> Any:
+    """Where on a plot's axis it lies."""
+    return row["values"].get(name)
 
 
 def canvas(count: int) -> tuple[Any, list[Any]]:
@@ -101,22 +102,22 @@ def canvas(count: int) -> tuple[Any, list[Any]]:
     return figure, list(axes.flat[:count])
 
 
-def _speedup(results: dict[str, Any]) -> Any:
+def _speedup(results: saved.Results) -> Any:
     """How many times faster ours is, against batch size, for each layer that has more than one."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[saved.Row]] = {}
     for row in _good(results, "linear", "decode", "contexts", "train-step"):
-        values = row["values"]
+        values: Any = row["values"]
         if {"N", "B"} <= values.keys() and "convolution" not in row["case"]:
             what = row["case"].split(",")[0] + values.get("whose", "")
             groups.setdefault((row["suite"], what, values["N"], values["K"]), []).append(row)
-    groups = {key: rows for key, rows in groups.items() if len({row["values"]["B"] for row in rows}) > 1}
+    groups = {key: rows for key, rows in groups.items() if len({_along(row, "B") for row in rows}) > 1}
     if not groups:
         return None
     figure, axes = canvas(len(groups))
     for axis, ((_, what, N, K), rows) in zip(axes, groups.items()):
-        rows.sort(key=lambda row: row["values"]["B"])
-        for name in dict.fromkeys(name for row in rows for name in row["times"] if name != OURS):
-            points = [(row["values"]["B"], saved.ratio(row, name)) for row in rows if name in row["times"]]
+        rows.sort(key=lambda row: _along(row, "B"))
+        for name in dict.fromkeys(name for row in rows for name in row["times"] if saved.ratio(row, name)):
+            points = [(_along(row, "B"), saved.ratio(row, name)) for row in rows if saved.ratio(row, name)]
             axis.plot(*zip(*points), **_style(name))
             where = crossover(points)
             if where is not None:
@@ -126,7 +127,7 @@ def _speedup(results: dict[str, Any]) -> Any:
                 axis.annotate(f"B = {where:.0f}", (where, 1), textcoords="offset points", xytext=(6, 6), fontsize=8)
         axis.axhline(1, color="0.3", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="rows in the batch", ylabel="times faster than")
-        sizes = sorted({row["values"]["B"] for row in rows})
+        sizes = sorted({_along(row, "B") for row in rows})
         axis.set_xticks(sizes, map(str, sizes))
         axis.minorticks_off()
         axis.set_title(f"{what}, {N}x{K}", fontsize=10)
@@ -135,14 +136,14 @@ def _speedup(results: dict[str, Any]) -> Any:
     return figure
 
 
-def _roofline(results: dict[str, Any]) -> Any:
+def _roofline(results: saved.Results) -> Any:
     """GFLOP/s against FLOPs per byte that must be moved, under the machine's own roof."""
     rows = [row for row in _good(results, *{row["suite"] for row in results["rows"]}) if row.get("bytes")]
     ceilings = results["machine"]["ceilings"]
     if not rows or not ceilings:
         return None
     figure, (axis,) = canvas(1)
-    peak = ceilings.get("fma_gflop_per_s", ceilings["gflop_per_s"])
+    peak = peak_gflop_per_s(ceilings)
     low, high = 1e-1, 1e4
     knee = peak / ceilings["gb_per_s"]
     axis.plot([low, knee, high], [low * ceilings["gb_per_s"], peak, peak], color="black", linewidth=1.5)
@@ -163,18 +164,18 @@ def _roofline(results: dict[str, Any]) -> Any:
     return figure
 
 
-def _against_weights(results: dict[str, Any], suite: str, what: list[tuple[str, Callable[[Any, str], Any]]]) -> Any:
+def _against_weights(results: saved.Results, suite: str, what: list[tuple[str, Callable[[Any, str], Any]]]) -> Any:
     rows = sorted(
-        (row for row in _good(results, suite) if "weights" in row["values"]), key=lambda row: row["values"]["weights"]
+        (row for row in _good(results, suite) if "weights" in row["values"]), key=lambda row: _along(row, "weights")
     )
-    if len({row["values"]["weights"] for row in rows}) < 2:
+    if len({_along(row, "weights") for row in rows}) < 2:
         return None
     from matplotlib.ticker import NullFormatter
 
     figure, axes = canvas(len(what))
     for axis, (label, value) in zip(axes, what):
         for name in dict.fromkeys(name for row in rows for name in row["times"]):
-            points = [(row["values"]["weights"], value(row, name)) for row in rows if name in row["times"]]
+            points = [(_along(row, "weights"), value(row, name)) for row in rows if name in row["times"]]
             axis.plot(*zip(*[(x, max(y, 1e-3)) for x, y in points]), **_style(name))
         axis.set(xscale="log", yscale="log", xlabel="generated weights", ylabel=label)
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -183,15 +184,15 @@ def _against_weights(results: dict[str, Any], suite: str, what: list[tuple[str, 
     return figure
 
 
-def _memory_of(row: dict[str, Any], name: str) -> float:
+def _memory_of(row: saved.Row, name: str) -> float:
     return row["peak_mib"].get(name, 0.0)
 
 
-def _ms_of(row: dict[str, Any], name: str) -> float:
+def _ms_of(row: saved.Row, name: str) -> float:
     return row["times"][name]["p50_ms"]
 
 
-_FIGURES: dict[str, Callable[[dict[str, Any]], Any]] = {
+_FIGURES: dict[str, Callable[[saved.Results], Any]] = {
     "speedup": _speedup,
     "roofline": _roofline,
     "memory": lambda results: _against_weights(results, "memory", [("peak memory of a call, MiB", _memory_of)]),

@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from hyperkernels.bench.case import ENGINES, Case, judge
-from hyperkernels.bench.measure import Quantiles, warm
+from hyperkernels.bench.case import ENGINES, Case, NotHere, first_line, judge
+from hyperkernels.bench.measure import Clock, Quantiles, peak_gflop_per_s
+from hyperkernels.bench.results import Deviation, Row, Times, Values
 from hyperkernels.testing import peak_bytes
 
-LEAST_S = 1e-3  # of a measurement: shorter calls are repeated within it
-CACHE_BYTES = 256 << 20  # written between calls on a CUDA device, more than its second-level cache
-
-
-class Clock:
-    """Seconds of one call, by torch's own timer; on a CUDA device by events, its second-level cache flushed."""
-
-    def __init__(self, call: Callable[[], Any], device: str) -> None:
-        self.call, self.device, self.number = call, device, 1
-        warm(call, device)
-        if device == "cpu":
-            self.timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-            once = self.timer.timeit(1).mean
-            self.number = max(1, int(LEAST_S / max(once, 1e-9)))
-        else:
-            self.flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
-
-    def seconds(self) -> float:
-        if self.device == "cpu":
-            warm(self.call)
-            return self.timer.timeit(self.number).mean
-        self.call()
-        self.flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+UNSEEN = ("dense-tuned", "dense-onednn")  # by torch's counters; they do the dense layer's work
 
 
 class Compulsory(TorchDispatchMode):
@@ -79,43 +50,24 @@ def roofline_s(call: Callable[[], Any], ceilings: dict[str, float]) -> tuple[int
         results = tree_leaves(call())
     flops = counter.get_total_flops()
     moved = sum(bytes_.read.values()) + sum(v.nbytes for v in results if isinstance(v, torch.Tensor))
-    peak = ceilings.get("fma_gflop_per_s", ceilings["gflop_per_s"])
-    return flops, moved, max(flops / peak, moved / ceilings["gb_per_s"]) / 1e9
+    return flops, moved, max(flops / peak_gflop_per_s(ceilings), moved / ceilings["gb_per_s"]) / 1e9
 
 
-def _empty(suite: str, name: str) -> dict[str, Any]:
+def _empty(suite: str, name: str) -> Row:
     """A row of which nothing is measured yet."""
-    parts: dict[str, Any] = {key: {} for key in ("values", "missing", "times", "errors", "peak_mib", "of_roofline")}
-    return {"suite": suite, "case": name, **parts, "rounds": 0, "failed": None}
-
-
-def _runnable(case: Case) -> Case:
-    """The case without the baselines that raise, each of which is missing for what it said."""
-    contestants, missing = {}, dict(case.missing)
-    for name, call in case.contestants.items():
-        try:
-            call()
-        except Exception as error:  # what is not ours may raise anything, a compiler's errors and a device's included
-            if name in ENGINES or name == case.eager:
-                raise
-            missing[name] = _first_line(error) or type(error).__name__
-        else:
-            contestants[name] = call
-    return replace(case, contestants=contestants, missing=missing)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+    parts = ("values", "missing", "times", "errors", "peak_mib", "of_roofline", "flops", "bytes")
+    empty: Any = {"suite": suite, "case": name, "parts": [], "rounds": 0, "failed": None, **{key: {} for key in parts}}
+    return empty
 
 
 def measure(
     case: Case, suite: str, rounds: int, ceilings: dict[str, float], device: str, tick: Callable[[], None]
-) -> dict[str, Any]:
-    """A row of the results. A case whose check fails is a row that failed, not one that was fast."""
-    case = _runnable(case)
-    row = _empty(suite, case.name) | {"values": case.values, "missing": case.missing}
-    verdicts = judge(case)
-    row["errors"] = {name: {**v.error._asdict(), "right": v.right} for name, v in verdicts.items()}
+) -> Row:
+    """A row of the results. A case that is wrong, or whose check fails, is a row that failed, not one that was fast."""
+    row = _empty(suite, case.name)
+    row["values"], row["parts"] = Values(**case.values), list(case.parts)
+    verdicts, raised = judge(case)
+    row["errors"] = {name: Deviation(**v.error._asdict(), right=v.right) for name, v in verdicts.items()}
     wrong = [name for name in ENGINES if name in verdicts and not verdicts[name].right]
     if wrong:
         row["failed"] = f"{wrong[0]} is wrong: off by {row['errors'][wrong[0]]['max']:.1e} of the largest value"
@@ -123,24 +75,32 @@ def measure(
         try:
             case.check()
         except AssertionError as error:
-            row["failed"] = _first_line(error) or "the case's own check failed"
-    clocks = {name: Clock(call, device) for name, call in case.contestants.items()}
+            row["failed"] = first_line(error) if str(error) else "the case's own check failed"
+    clocks = {}
+    for name, call in case.contestants.items():
+        if name in raised:
+            continue
+        try:
+            clocks[name] = Clock(call, device)
+        except Exception as error:
+            if name in ENGINES:
+                raise
+            raised[name] = first_line(error)
+    row["missing"] = {**case.missing, **raised}
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     for _ in range(rounds):
-        for name, clock in clocks.items():
-            seconds[name].append(clock.seconds())
+        for name, times in seconds.items():
+            times.append(clocks[name].seconds())
         tick()
     row["rounds"] = rounds
-    row["times"] = {name: Quantiles.of(times)._asdict() for name, times in seconds.items()}
-    for name, call in case.contestants.items():
-        row["peak_mib"][name] = peak_bytes(call, device) / 2**20
-        visible = (
-            case.contestants["dense"] if name in ("dense-tuned", "dense-onednn") else call
-        )  # the same work, which torch sees
-        flops, moved, least = roofline_s(visible, ceilings)
+    for name, times in seconds.items():
+        row["times"][name] = Times(**Quantiles.of(times)._asdict())
+        row["peak_mib"][name] = peak_bytes(case.contestants[name], device) / 2**20
+        same = "dense" if name in UNSEEN else name
+        flops, moved, least = roofline_s(case.contestants[same], ceilings)
         if flops:
             row["of_roofline"][name] = 1e3 * least / row["times"][name]["p50_ms"]
-            row.setdefault("flops", {})[name], row.setdefault("bytes", {})[name] = flops, moved
+            row["flops"][name], row["bytes"][name] = flops, moved
     return row
 
 
@@ -150,7 +110,7 @@ def run(
     ceilings: dict[str, float],
     device: str = "cpu",
     tick: Callable[[str], None] = lambda _: None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """A row for each case, as it comes; a case that cannot run is a row that failed. `tick` hears of each round."""
     for suite, make in cases:
         torch.manual_seed(0)
@@ -161,14 +121,17 @@ def run(
             done += 1
             tick(name)
 
-        name = suite
+        row = _empty(suite, suite)
         try:
             case = make()
-            name = case.name
-            yield measure(case, suite, rounds, ceilings, device, lambda name=name: told(name))
+            row["case"] = case.name
+            row = measure(case, suite, rounds, ceilings, device, lambda name=case.name: told(name))
+        except NotHere as why:
+            row["case"], row["missing"] = why.name, {"the case": str(why)}
         except ModuleNotFoundError as error:  # nothing is wrong, but it cannot be measured here
-            yield _empty(suite, name) | {"missing": {"the case": f"{error.name} is not installed"}}
+            row["missing"] = {"the case": f"{error.name} is not installed"}
         except Exception as error:  # whatever a compiler, a device or a baseline raises: the other cases go on
-            yield _empty(suite, name) | {"failed": _first_line(error) or type(error).__name__}
+            row["failed"] = first_line(error)
+        yield row
         while done < rounds:
-            told(name)
+            told(row["case"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
 
-from hyperkernels.bench.case import Case
+from hyperkernels.bench.case import Case, NotHere
 from hyperkernels.bench.conv import convolution, resnet50_step
 from hyperkernels.bench.growth import layer
 from hyperkernels.bench.linear import Ours, contexts, linear, many_contexts, whole_weights
@@ -45,104 +46,102 @@ class Wanted:
         return list(self.shapes) or (quick if self.quick else whole)
 
     @property
-    def plain(self) -> bool:
-        """fp32 on a CPU, in the suite's own shapes: what cases that have no such settings are made for."""
-        return self.dtype == "fp32" and self.device == "cpu" and not self.shapes
+    def common(self) -> dict[str, Any]:
+        return {"device": self.device, "dtype": DTYPES[self.dtype], "ours": self.ours}
 
 
 Make = Callable[[], Case]
 
 
 def cases(suite: str, wanted: Wanted) -> list[Make]:
-    """Each builds its case when it is called."""
+    """Each builds its case when it is called, or raises NotHere. So does this, where the suite has none of them."""
     return list(_SUITES[suite](wanted))
 
 
-def _common(wanted: Wanted) -> dict[str, Any]:
-    return {"device": wanted.device, "dtype": DTYPES[wanted.dtype], "ours": wanted.ours}
-
-
 def _chunk(shape: tuple[int, int]) -> tuple[int, int]:
-    """The planner's, halved until it divides the layer."""
+    """The planner's, made to divide the layer."""
     rows, cols = default_chunk(*shape, WIDTH)
-    while shape[0] % rows:
-        rows //= 2
-    while shape[1] % cols:
-        cols //= 2
-    return rows, cols
+    return gcd(shape[0], rows), gcd(shape[1], cols)
+
+
+def _not_here(name: str, why: str) -> Case:
+    raise NotHere(name, why)
 
 
 def _linear(wanted: Wanted) -> Iterator[Make]:
     for shape in wanted.of([(1024, 1024)], [(1024, 1024), (4096, 4096)]):
         for B in (1, 16, 256) if wanted.quick else (1, 4, 16, 64, 256, 1024):
             more = not wanted.quick or B == 16
-            yield partial(linear, shape, _chunk(shape), WIDTH, B, more=more, **_common(wanted))
+            yield partial(linear, shape, _chunk(shape), WIDTH, B, more=more, **wanted.common)
 
 
 def _contexts(wanted: Wanted) -> Iterator[Make]:
-    for N, K in wanted.of([(512, 512)], [(1024, 1024)]) if wanted.dtype == "fp32" and wanted.device == "cpu" else []:
-        for G in (16,) if wanted.quick else (16, 64, 256):
-            yield partial(contexts, G, "relu", N, K, *_chunk((N, K)), ours=wanted.ours)
-    if wanted.plain:
-        yield partial(whole_weights, 32, 256, 256, 16, ours=wanted.ours)
+    theirs = "hypnettorch's and hyperlight's are set up in fp32 on a CPU"
+    if wanted.dtype != "fp32" or wanted.device != "cpu":
+        yield partial(_not_here, "a context per sample", theirs)
+    else:
+        for N, K in wanted.of([(512, 512)], [(1024, 1024)]):
+            for G in (16,) if wanted.quick else (16, 64, 256):
+                yield partial(contexts, G, "relu", N, K, *_chunk((N, K)), ours=wanted.ours)
+        if not wanted.shapes:  # whose head is as wide as m layers
+            yield partial(whole_weights, 32, 256, 256, 16, ours=wanted.ours)
     for shape in wanted.of([(512, 512)], [(1024, 1024)]):
-        common = _common(wanted)
         for T in (16,) if wanted.quick else (16, 128):
-            yield partial(many_contexts, shape, _chunk(shape), WIDTH, 16, T, **common)
-        yield partial(many_contexts, shape, _chunk(shape), WIDTH, 8, 8, entries=32, **common)
+            yield partial(many_contexts, shape, _chunk(shape), WIDTH, 16, T, **wanted.common)
+        yield partial(many_contexts, shape, _chunk(shape), WIDTH, 8, 8, entries=32, **wanted.common)
 
 
 def _conv(wanted: Wanted) -> Iterator[Make]:
-    common, B = _common(wanted), 8 if wanted.quick else 32
-    for channels, size in [(64, 28)] if wanted.quick else [(64, 56), (256, 14)]:
-        if not wanted.shapes:
-            yield partial(convolution, channels, size, (4, channels), 16, B, **common)
-            yield partial(convolution, channels, size, (4, channels), 16, B, per_image=True, **common)
-    for N, K in wanted.shapes:
-        if N != K:
-            raise ValueError(f"shape: got {N}x{K}, wanted as many channels in as out for the suite conv")
-        yield partial(convolution, N, 14, (4, K), 16, B, **common)
+    B = 8 if wanted.quick else 32
+    own = [((64, 64), 28)] if wanted.quick else [((64, 64), 56), ((256, 256), 14)]
+    for shape, size in [(shape, 14) for shape in wanted.shapes] or own:
+        for per_image in (False, True):
+            chunk = gcd(4, shape[0]), shape[1]
+            yield partial(convolution, shape, size, chunk, 16, B, per_image=per_image, **wanted.common)
 
 
 def _train_step(wanted: Wanted) -> Iterator[Make]:
     for shape in wanted.of([(1024, 1024)], [(1024, 1024), (4096, 4096)]):
         for B in (64,) if wanted.quick else (64, 256, 1024):
-            yield partial(linear, shape, _chunk(shape), WIDTH, B, train=True, **_common(wanted))
+            yield partial(linear, shape, _chunk(shape), WIDTH, B, train=True, **wanted.common)
     if not wanted.shapes:
         channels, size, B = (64, 28, 8) if wanted.quick else (256, 14, 32)
-        yield partial(convolution, channels, size, (4, channels), 16, B, train=True, **_common(wanted))
+        shape, chunk = (channels, channels), (4, channels)
+        yield partial(convolution, shape, size, chunk, 16, B, train=True, **wanted.common)
 
 
 def _decode(wanted: Wanted) -> Iterator[Make]:
     for shape in wanted.of([LAYERS["gpt2"]], list(LAYERS.values())):
         for B in (1,) if wanted.quick else (1, 4, 16):
-            yield partial(linear, shape, _chunk(shape), WIDTH, B, **_common(wanted))
+            yield partial(linear, shape, _chunk(shape), WIDTH, B, **wanted.common)
 
 
 def _memory(wanted: Wanted) -> Iterator[Make]:
     for shape in wanted.of([(512, 512)], [(1024, 1024)]):
         for G in (1, 4, 16) if wanted.quick else (1, 4, 16, 64, 256):
-            yield partial(many_contexts, shape, _chunk(shape), WIDTH, G, 4, **_common(wanted))
+            yield partial(many_contexts, shape, _chunk(shape), WIDTH, G, 4, **wanted.common)
 
 
 def _scaling(wanted: Wanted) -> Iterator[Make]:
-    if wanted.plain:
-        for half in range(10, 14 if wanted.quick else 21):
-            yield partial(layer, 10 ** (half / 2), ours=wanted.ours)
+    if wanted.shapes:
+        raise NotHere("scaling", "its layers grow from case to case: leave out --shape")
+    for half in range(10, 14 if wanted.quick else 21):
+        yield partial(layer, 10 ** (half / 2), **wanted.common)
 
 
 def _models(wanted: Wanted) -> Iterator[Make]:
-    if not wanted.plain or wanted.ours != Ours():
-        return
-    given = {"layers": 2} if wanted.quick else {}
+    if wanted.shapes or wanted.ours != Ours():
+        raise NotHere("models", "they have their own shapes, and the planner's orders: leave out --shape and the like")
+    like = {"device": wanted.device, "dtype": DTYPES[wanted.dtype]}
+    given = like | ({"layers": 2} if wanted.quick else {})
     yield partial(decode, **given)
     yield partial(only_linears, 1, **given)
     yield partial(serving, 8, 4, 8, **given)
     if not wanted.quick:
-        yield partial(only_linears, 16)
-        yield partial(step, 4, 256)
-        yield partial(resnet50_step, 8, per_image=False)
-        yield partial(resnet50_step, 8, per_image=True)
+        yield partial(only_linears, 16, **like)
+        yield partial(step, 4, 256, **like)
+        yield partial(resnet50_step, 8, per_image=False, **like)
+        yield partial(resnet50_step, 8, per_image=True, **like)
 
 
 _SUITES: dict[str, Callable[[Wanted], Iterator[Make]]] = {

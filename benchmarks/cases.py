@@ -1,4 +1,4 @@
-"""What is told of generated weights without forming them."""
+"""Cases of the repository's own that no suite has: what is told of generated weights, a layer's fit, a call's cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import hyperkernels as hk
@@ -53,3 +54,42 @@ def regularizer(tasks: int, layers: int, size: int, m: int) -> Case:
         exact,
         values={"contexts": tasks, "weights": weights, "m": m},
     )
+
+
+def generated_weight() -> Case:
+    """What `F.linear` of a `GeneratedWeight` costs beside `hyper_linear` of what it is made of."""
+    hidden, head, x = torch.randn(8, 8, 16), torch.randn(16, 8, 8), torch.randn(1, 64)
+    weight = hk.GeneratedWeight(hidden, head, (64, 64))
+
+    def many(call: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.inference_mode():
+                for _ in range(1000):
+                    call()
+
+        return run
+
+    def check() -> None:
+        assert torch.equal(F.linear(x, weight), hk.hyper_linear(x, hidden, head))
+
+    contestants: Contestants = {
+        "hyper_linear": many(lambda: hk.hyper_linear(x, hidden, head)),
+        OURS: many(lambda: F.linear(x, weight)),
+    }
+    return Case("1000 calls of F.linear with a GeneratedWeight, 64x64", contestants, check=check)
+
+
+def fitted(size: int, chunk: tuple[int, int], m: int) -> Case:
+    """The closed-form fit, and the least of it: the singular vectors of W as its chunks lie."""
+    weight = torch.randn(size, size) @ torch.diag(torch.arange(1, size + 1) ** -0.5)
+
+    def check() -> None:
+        hidden, head, error = hk.fit(weight, chunk, m)
+        found = (weight - hk.generate_weight(hidden, head, weight.shape)).double().norm() / weight.double().norm()
+        assert abs(error - found.item()) < 1e-6
+
+    contestants: Contestants = {
+        "torch.svd_lowrank": lambda: torch.svd_lowrank(weight, m + 32, 6),
+        OURS: lambda: hk.fit(weight, chunk, m),
+    }
+    return Case(f"fit a {size}x{size} layer, chunks {chunk[0]}x{chunk[1]}, m={m}", contestants, check=check)

@@ -1,0 +1,27 @@
+"""Tables of the command line, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+WIDE = 120
+
+
+def wide_console() -> Console:
+    """As wide as the terminal; what is no terminal has no edge."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> None:
+    """Numbers stand at the right; in a narrow terminal a long cell goes on in the next line."""
+    table = Table()
+    for name, *cells in zip(columns, *rows):
+        number = all(cell[:1].isdigit() for cell in cells)
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row, strong in zip(rows, bold or [False] * len(rows)):
+        table.add_row(*row, style="bold" if strong else None)
+    wide_console().print(table)
