@@ -9,8 +9,9 @@ from typing import Any
 from cases import fitted, generated_weight, regularizer
 
 from hyperkernels.bench.case import Case
+from hyperkernels.bench.contexts import contexts
 from hyperkernels.bench.conv import convolution, resnet50_step
-from hyperkernels.bench.linear import contexts, linear
+from hyperkernels.bench.linear import linear
 from hyperkernels.bench.models import decode, only_linears, serving, step
 from hyperkernels.planner import default_chunk
 

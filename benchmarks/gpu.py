@@ -29,9 +29,10 @@ from claims import claim
 import hyperkernels as hk
 from hyperkernels.backends import plan_call, triton_fused
 from hyperkernels.bench.case import Case, assert_right
-from hyperkernels.bench.linear import linear, many_contexts
+from hyperkernels.bench.contexts import many_contexts
+from hyperkernels.bench.files import save
+from hyperkernels.bench.linear import linear
 from hyperkernels.bench.measure import Quantiles, ceilings, graphed, machine, timed
-from hyperkernels.bench.results import save
 from hyperkernels.bench.roofline import roofline
 from hyperkernels.call import SLOTS, Call
 from hyperkernels.chunking import Grid

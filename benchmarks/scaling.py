@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import hyperkernels as hk
+from hyperkernels.bench.files import save
 from hyperkernels.bench.growth import free_bytes
 from hyperkernels.bench.measure import machine
-from hyperkernels.bench.results import save
 from hyperkernels.testing import peak_bytes
 
 RESULTS = Path(__file__).with_name("results") / "scaling.json"

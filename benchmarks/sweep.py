@@ -21,8 +21,8 @@ from rich.progress import track
 
 import hyperkernels as hk
 from hyperkernels.backends import plan_call
+from hyperkernels.bench.files import write
 from hyperkernels.bench.measure import machine, timed
-from hyperkernels.bench.results import write
 from hyperkernels.call import ORDERS
 from hyperkernels.form import canonical_form
 

@@ -11,7 +11,7 @@ import torch
 from hyperkernels.backends import choose_backend, plan_call
 from hyperkernels.backends.torch_blocks import MACHINES
 from hyperkernels.call import Call
-from hyperkernels.chunking import Grid
+from hyperkernels.chunking import Grid, ceil_div
 from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
@@ -21,8 +21,9 @@ CALL_US, DENSE_CALL_US = 60, 10  # what an eager call costs beside its contracti
 
 @dataclass(frozen=True)
 class Proposal:
-    """One way to generate a layer: parameters of head and chunk embeddings, FLOPs beside the dense layer's, the largest
-    rank, and how many times as fast as a dense layer the planner expects y to be."""
+    """One way to generate a layer: parameters of head, chunk embeddings and trunk (m for each feature of a context come
+    on top), FLOPs beside the dense layer's, the largest rank, and how many times as fast as a dense layer the planner
+    expects y to be."""
 
     strategy: str
     chunk: tuple[int, int]
@@ -78,8 +79,8 @@ def advise(
         shape: `(N, K)`.
         contexts: G; each has a weight of its own.
         tokens: rows of x in all.
-        budget: the most parameters, of head and chunk embeddings; by default a quarter of a layer's weights for one
-            context, and as many as those for more.
+        budget: the most parameters; by default a quarter of a layer's weights for one context, and as many as those for
+            more.
         device: "cpu" or "cuda", for the cost model.
 
     Returns:
@@ -124,19 +125,24 @@ def _proposals(N: int, K: int, contexts: int, tokens: int, device: str) -> list[
             ways.add(("chunk", default_chunk(N, K, m, largest=largest)))
         for strategy, (rows, cols) in sorted(ways):
             grid = Grid(N, K, rows, cols)
-            numbers = m * (grid.I * grid.J + prod((rows, cols)))
-            call = Call(grid, m, contexts, *_rows(contexts, tokens), dtype=torch.float32, device=device)
+            trunk = 0 if contexts == 1 else m + 1
+            numbers = m * (grid.I * grid.J + prod((rows, cols)) + trunk)
+            entries, T = _rows(contexts, tokens)
+            activation = "tanh" if contexts > 1 else ""
+            call = Call(grid, m, contexts, entries, T, activation=activation, dtype=torch.float32, device=device)
+            planned = entries * T
             choose_backend(call)
             plan = plan_call(call, ("y",), None, None)[1]
             ours = sum(step.time_us for step in plan.steps)
-            flops = plan.flops / (2 * tokens * N * K)
-            speed = (DENSE_CALL_US + _dense_us(N, K, contexts, tokens, device)) / (CALL_US + ours)
+            flops = plan.flops / (2 * planned * N * K)
+            speed = (DENSE_CALL_US + _dense_us(N, K, contexts, planned, device)) / (CALL_US + ours)
             found.append(Proposal(strategy, (rows, cols), m, numbers, flops, grid.rank_bound(m), speed))
     return found
 
 
 def _rows(contexts: int, tokens: int) -> tuple[int, int]:
-    return (1, tokens) if contexts == 1 else (contexts, max(1, tokens // contexts))
+    """Entries and the tokens of each, as many for every context."""
+    return (1, tokens) if contexts == 1 else (contexts, ceil_div(tokens, contexts))
 
 
 def _dense_us(N: int, K: int, contexts: int, tokens: int, device: str) -> float:

@@ -63,9 +63,7 @@ def state() -> str:
     """Which constants the cost model has, in words."""
     if constants() != SHIPPED:
         return f"fitted, in {path()}"
-    file = path()
-    why = "switched off" if file is None else "for another machine" if file.exists() else "none"
-    return f"{why}: the constants as shipped; `hyperkernels bench --calibrate` fits them"
+    return f"not fitted to this machine: {path() or 'no file'} has nothing for it; see `hyperkernels bench --calibrate`"
 
 
 def load() -> None:

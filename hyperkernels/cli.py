@@ -15,7 +15,8 @@ from typing import Any
 import hyperkernels as hk
 
 EXIT_CODES = (
-    "exit codes: 0; 1 if a row failed; 2 for bad arguments, files that cannot be read, or what is not installed"
+    "exit codes: 0; 1 if a row failed, or nothing was measured, finished or kept; 2 for bad arguments, files that "
+    "cannot be read, or what is not installed"
 )
 RESULTS = Path("hyperkernels-bench.json")
 
@@ -70,7 +71,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             raise UsageError(
                 f"--calibrate: got {' '.join(others)} beside it, wanted nothing: it measures its own calls"
             )
-        return calibrate(Path("hyperkernels-calibration.png"))
+        return calibrate()
     from hyperkernels.bench.command import bench
 
     return bench(arguments)
@@ -226,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         *("--calibrate",),
         action="store_true",
-        help="fit the planner's constants to this machine in some minutes, draw how well they do here, and keep them "
+        help="fit the planner's constants to this machine in some minutes, draw how well they do here, and keep both "
         f"in {calibration.path() or 'the cache folder of a user who has a home'}; delete that file to go back",
     )
     plot = command(
@@ -276,9 +277,12 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments.given = list(sys.argv[1:] if given is None else given)
     try:
         return arguments.run(arguments)
-    except (UsageError, ValueError) as error:
+    except (UsageError, ValueError, OSError) as error:
         print(f"hyperkernels {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"hyperkernels {arguments.command}: stopped", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ from hyperkernels.chunking import Grid
 from hyperkernels.machine import cpu_info
 from hyperkernels.version import __version__
 
-PACKAGES = ("torch", "triton", "transformers", "numpy", "matplotlib", "rich", "opt_einsum", "hypnettorch")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "matplotlib", "rich", "opt_einsum", "pydantic")
+BASELINES = ("hypnettorch", "hyperlight", "pyfastkron")
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
 def environment() -> dict[str, dict[str, Any]]:
     """In groups: `versions`, `cpu`, `gpus`, `backends`."""
     versions = {"hyperkernels": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *BASELINES):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

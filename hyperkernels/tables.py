@@ -11,9 +11,9 @@ WIDE = 120
 
 
 def wide_console() -> Console:
-    """As wide as the terminal; what is no terminal has no edge."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDE)
+    """As wide as the terminal; what is no terminal has no edge. It prints brackets as they are."""
+    console = Console(markup=False, highlight=False)
+    return console if console.is_terminal else Console(markup=False, highlight=False, width=WIDE)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> None:

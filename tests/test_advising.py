@@ -16,7 +16,8 @@ def test_proposals_are_what_they_say(shape, contexts, tokens):
         settings = {"chunk": {"chunk": p.chunk}, "component": {"strategy": "component"}, "once": {"strategy": "once"}}
         net = hk.HyperNet({"weight": shape}, width=p.width, context_features=3, **settings[p.strategy])
         assert net.targets["weight"].chunk == p.chunk
-        assert sum(v.numel() for v in (net.embedding, *net.heads)) == p.parameters
+        trunk = net.trunk.chunk_layer.parameters() if contexts > 1 else ()
+        assert sum(v.numel() for v in (net.embedding, *net.heads, *trunk)) == p.parameters
         weight = net(torch.randn(1, 3))["weight"]
         assert torch.linalg.matrix_rank(form(weight).detach().double(), rtol=1e-5) <= p.rank
     assert advice.best is advice.proposals[0]
@@ -26,6 +27,11 @@ def test_proposals_are_what_they_say(shape, contexts, tokens):
 def test_where_flops_decide_the_speed_is_theirs():
     for p in advise((2048, 2048), tokens=8192).proposals:
         assert 0.3 < p.speed * p.flops < 3
+
+
+def test_contexts_that_do_not_divide_the_tokens_cost_as_those_that_do():
+    uneven, even = (advise((512, 512), contexts=8, tokens=tokens).proposals for tokens in (17, 24))
+    assert uneven == even
 
 
 def test_a_plan_for_a_cuda_device_needs_none():

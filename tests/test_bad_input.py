@@ -237,6 +237,15 @@ def test_dtypes_of_a_layer():
         layer(torch.ones(5, 8).long(), torch.randn(3))
     with pytest.raises(TypeError, match=r"hypernet: got function, wanted a torch\.nn\.Module"):
         hk.HyperLinear(8, 8, hypernet=lambda z: z)
+    with pytest.raises(TypeError, match=r"dtype: got torch\.int32, wanted a floating one"):
+        hk.HyperLinear(8, 8, dtype=torch.int32)
+
+
+def test_no_parameter_takes_a_generated_weights_place():
+    layer = hk.HyperLinear(8, 8, width=4)
+    with pytest.raises(AttributeError, match="weight: HyperLinear generates it"):
+        layer.weight = torch.nn.Parameter(torch.ones(8, 8))
+    assert layer(torch.ones(1, 8)).shape == (1, 8)
 
 
 def test_explain():

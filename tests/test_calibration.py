@@ -102,7 +102,7 @@ def test_off_is_off(monkeypatch):
         warnings.simplefilter("error")
         calibration.load()
     with pytest.raises(ValueError, match="off"):
-        calibrate.calibrate(None)
+        calibrate.calibrate()
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def few(monkeypatch):
 
 def test_calibrate_measures_keeps_and_draws(kept, few, tmp_path, capsys):
     calibration.apply({name: 3 * value for name, value in calibration.constants().items()})  # which anything betters
-    picture = tmp_path / "calibration.png"
-    assert calibrate.calibrate(picture) == 0
+    picture = kept.with_suffix(".png")
+    assert calibrate.calibrate() == 0
     told = capsys.readouterr()
     assert picture.stat().st_size > 10_000
     assert "as it was" in told.out
@@ -127,17 +127,17 @@ def test_calibrate_measures_keeps_and_draws(kept, few, tmp_path, capsys):
 
 def test_a_fit_that_is_no_better_is_not_kept(kept, few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "fitted", lambda _points, before: {n: 1e6 * v for n, v in before.items()})
-    assert calibrate.calibrate(tmp_path / "calibration.png") == 1
+    assert calibrate.calibrate() == 1
     assert "nothing is kept" in capsys.readouterr().out
     assert not kept.exists()
-    assert "as shipped" in calibration.state()
+    assert "not fitted to this machine" in calibration.state()
 
 
 def test_what_was_fitted_is_kept_though_it_cannot_be_drawn(kept, few, tmp_path, monkeypatch):
     calibration.apply({name: 3 * value for name, value in calibration.constants().items()})
     monkeypatch.setattr(calibrate, "draw", Mock(side_effect=OSError("the disk is full")))
     with pytest.raises(OSError, match="full"):
-        calibrate.calibrate(tmp_path / "calibration.png")
+        calibrate.calibrate()
     assert kept.exists()
 
 
@@ -146,12 +146,12 @@ def test_calibrate_says_before_it_measures_that_it_cannot_keep(monkeypatch, tmp_
     monkeypatch.setenv("HYPERKERNELS_CALIBRATION", str(tmp_path / "file" / "calibration.json"))
     monkeypatch.setattr(calibrate, "measured", Mock(side_effect=AssertionError("it measures")))
     with pytest.raises(ValueError, match="cannot write there"):
-        calibrate.calibrate(tmp_path / "calibration.png")
+        calibrate.calibrate()
 
 
 def test_a_stopped_calibration_keeps_nothing(kept, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(calibrate, "measured", Mock(side_effect=KeyboardInterrupt))
-    assert calibrate.calibrate(tmp_path / "calibration.png") == 1
+    assert calibrate.calibrate() == 1
     assert "stopped: nothing is kept" in capsys.readouterr().err
     assert not kept.exists()
 

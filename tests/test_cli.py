@@ -23,7 +23,8 @@ from hyperkernels import cli
 
 pytest.importorskip("rich", reason="the command line draws its tables with rich")
 pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
-from hyperkernels.bench import case, command, growth, linear, measure, plots, results, run, suites
+pytest.importorskip("pydantic", reason="results are read with pydantic")
+from hyperkernels.bench import case, command, contexts, files, growth, linear, measure, plots, results, run, suites
 
 CEILINGS = {"gflop_per_s": 100.0, "gb_per_s": 20.0}
 TINY = ("--quick", "--shape", "64x64", "--rounds", "2")
@@ -52,8 +53,8 @@ def test_the_ceilings_are_those_of_the_dtype(monkeypatch):
         return Mock(seconds=lambda: 1.0)
 
     monkeypatch.setattr(measure, "Clock", clock)
-    assert measure.ceilings("cpu", torch.float64).keys() == {"gflop_per_s", "gb_per_s"}
-    assert "fma_gflop_per_s" in measure.ceilings("cpu", torch.bfloat16)
+    of_fp64, of_bf16 = measure.ceilings("cpu", torch.float64), measure.ceilings("cpu", torch.bfloat16)
+    assert 1.3 < of_bf16["fma_gflop_per_s"] / of_fp64["fma_gflop_per_s"] < 3, "half as many in fp64"
     assert products == [torch.float64, torch.bfloat16]
 
 
@@ -115,6 +116,75 @@ def test_every_suite_runs(tmp_path, monkeypatch):
             assert judged == row["errors"].keys() >= {"hyperkernels"}
             assert all(saved["right"] for saved in row["errors"].values())
             assert {line.times_faster for line in results.lines(row) if line.contestant in row["parts"]} <= {None}
+
+
+def test_a_baseline_that_raises_while_it_is_timed_costs_the_others_nothing():
+    whole, calls = linear.linear((32, 32), (4, 8), 4, B=2), iter(range(10**6))
+
+    def tires():
+        if next(calls) > 40:
+            raise RuntimeError("out of memory")
+
+    whole.contestants["tires"] = tires
+    (row,) = run.run([("linear", lambda: whole)], 3, CEILINGS)
+    assert row["failed"] is None
+    assert row["missing"]["tires"] == "out of memory"
+    assert row["times"].keys() == whole.contestants.keys() - {"tires"} == row["peak_mib"].keys()
+
+
+def test_ours_that_raises_while_it_is_timed_keeps_its_errors():
+    whole, calls = linear.linear((32, 32), (4, 8), 4, B=2), iter(range(10**6))
+    ours = whole.contestants["hyperkernels"]
+
+    def tires():
+        if next(calls) > 0:
+            raise RuntimeError("out of memory")
+        return ours()
+
+    whole.contestants["hyperkernels"] = tires
+    (row,) = run.run([("linear", lambda: whole)], 3, CEILINGS)
+    assert row["failed"] == "out of memory"
+    assert row["errors"]["hyperkernels"]["right"]
+
+
+def test_ours_must_give_every_result():
+    whole = linear.linear((32, 32), (4, 8), 4, B=2, train=True)
+    ours = whole.contestants["hyperkernels"]
+    whole.contestants["hyperkernels"] = lambda: {name: v for name, v in ours().items() if name != "dhead"}
+    (row,) = run.run([("linear", lambda: whole)], 1, CEILINGS)
+    assert row["failed"] == "hyperkernels gives no dhead"
+
+
+def test_a_wrong_baseline_has_no_factor():
+    whole = linear.linear((32, 32), (4, 8), 4, B=2)
+    whole.contestants["einsum"] = lambda: {"y": torch.zeros(2, 32)}
+    (row,) = run.run([("linear", lambda: whole)], 1, CEILINGS)
+    factors = {line.contestant: line.times_faster for line in results.lines(row)}
+    assert factors["einsum"] is None
+    assert factors["dense"] > 0
+
+
+@pytest.mark.parametrize("shape", [(37, 41), (16, 48)], ids=str)
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
+def test_layers_of_any_shape_are_cut_as_the_planner_would(shape, train):
+    whole = linear.linear(shape, (4, 16), 4, B=3, train=train, more=True)
+    (row,) = run.run([("linear", lambda: whole)], 1, CEILINGS)
+    assert row["failed"] is None
+    assert all(saved["right"] for saved in row["errors"].values())
+    assert {"dense", "materialise", "einsum", "hyperkernels"} <= row["errors"].keys()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_memory_is_checked_of_the_engine_that_promises_it(backend, tmp_path):
+    case = contexts.contexts(16, N=256, K=256, rows=2, cols=32, ours=linear.Ours(backend=backend))
+    (row,) = run.run([("contexts", lambda: case)], 1, CEILINGS)
+    assert row["failed"] is None
+
+
+def test_gradients_are_memory_of_the_step_that_made_them():
+    (row,) = run.run([("scaling", lambda: growth.layer(1e6))], 1, CEILINGS)
+    assert row["peak_mib"]["dense"] > 3.8  # a million numbers
+    assert row["peak_mib"]["hyperkernels"] < row["peak_mib"]["dense"]
 
 
 def test_a_layer_too_large_for_its_weights_is_judged_by_some_of_them(monkeypatch):
@@ -295,6 +365,47 @@ def test_a_base_is_compared_factor_by_factor(measured, tmp_path, capsys):
     assert "base: what it said" in told
 
 
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository whose `bench` saves what lies beside it, at a commit of today's format and one of another."""
+    root, git = tmp_path / "checkout", ["git", "-C", str(tmp_path / "checkout")]
+    package = root / "hyperkernels" / "bench"
+    package.mkdir(parents=True)
+    (root / "setup.py").touch()
+    (root / "hyperkernels" / "__init__.py").touch()
+    (root / "hyperkernels" / "__main__.py").write_text(
+        "import shutil, sys\nshutil.copy('saved.json', sys.argv[sys.argv.index('--json') + 1])\n"
+    )
+    subprocess.run(["git", "init", "--quiet", str(root)], check=True)
+    who = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+
+    def commit(saved_format):
+        (package / "results.py").write_text(f"FORMAT = {saved_format}\n")
+        subprocess.run([*git, "add", "--all"], check=True)
+        subprocess.run([*git, *who, "commit", "--quiet", "--message", "now"], check=True)
+
+    monkeypatch.setattr(command, "ROOT", root)
+    return root, commit
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_a_base_that_is_a_commit_is_measured_by_its_own_code(checkout, measured, tmp_path, capsys):
+    root, commit = checkout
+    before = json.loads(measured.read_text())
+    for row in before["rows"]:
+        row["times"]["hyperkernels"]["p50_ms"] /= 1000
+    (root / "saved.json").write_text(json.dumps(before))
+    commit(results.FORMAT)
+    commit(results.FORMAT - 1)
+    given = ["bench", "decode", *TINY, "--json", str(tmp_path / "now.json"), "--base"]
+    assert cli.main([*given, "HEAD~1"]) == 0
+    assert "less now" in capsys.readouterr().out
+    assert cli.main([*given, "HEAD"]) == 2
+    assert "HEAD saves results otherwise" in capsys.readouterr().err
+    left = subprocess.run(["git", "-C", str(root), "worktree", "list"], capture_output=True, text=True, check=True)
+    assert len(left.stdout.splitlines()) == 1
+
+
 def test_a_base_without_git_asks_for_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command.shutil, "which", lambda _name: None)
     assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "x.json"), "--base", "HEAD"]) == 2
@@ -315,9 +426,9 @@ def test_a_file_that_cannot_be_finished_leaves_the_good_one(measured, tmp_path, 
     def broken(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(results.os, "replace", broken)
+    monkeypatch.setattr(files.os, "replace", broken)
     with pytest.raises(OSError, match="full"):
-        results.save(path, {"half": "done"})
+        files.save(path, {"half": "done"})
     assert path.read_text() == good
     assert [p.name for p in tmp_path.iterdir()] == ["good.json"]
 
@@ -359,8 +470,23 @@ def test_pictures_hold_what_was_measured(measured):
     assert list(ours.get_ydata()) == pytest.approx([row["peak_mib"]["hyperkernels"] for row in rows], abs=1e-3)
     points = next(line for line in drawn["roofline"].axes[0].lines if line.get_label() == "hyperkernels")
     assert len(points.get_xdata()) == sum("hyperkernels" in row["bytes"] for row in found["rows"])
-    batches = [axis for axis in drawn["speedup"].axes if axis.get_visible()]
-    assert all(len(axis.lines) > 1 for axis in batches)
+    (axis,) = [axis for axis in drawn["speedup"].axes if axis.get_visible() and axis.get_title() == "forward, 64x64"][
+        :1
+    ]
+    curve = next(line for line in axis.lines if line.get_label() == "materialise")
+    rows = [row for row in found["rows"] if row["suite"] == "linear"]
+    assert list(curve.get_ydata()) == [results.ratio(row, "materialise") for row in rows]
+
+
+def test_the_star_lies_where_the_factor_passes_1(measured):
+    found = results.load(measured)
+    found["rows"] = [row for row in found["rows"] if row["suite"] == "linear"]
+    for row, factor in zip(found["rows"], (0.5, 0.5, 2.0)):
+        row["times"] = {name: {"p20_ms": 1.0, "p50_ms": 1.0, "p80_ms": 1.0} for name in ("hyperkernels", "dense")}
+        row["times"]["dense"]["p50_ms"], row["flops"], row["bytes"] = factor, {}, {}
+    (axis,) = [axis for axis in plots.figures(found)["speedup"].axes if axis.get_visible()]
+    (star,) = [line for line in axis.lines if line.get_marker() == "*"]
+    assert list(star.get_xdata()) == pytest.approx([64.0])  # between 16 and 256, in logarithms
 
 
 def test_the_crossover_lies_between_the_batches_where_the_factor_passes_1():
@@ -405,7 +531,13 @@ def test_env_explain_and_advise_speak_to_people_and_programs(capsys):
     plans = json.loads(capsys.readouterr().out)["plans"]
     assert {row["order"] for row in plans if row["picked"]} == {"generate"}
     assert cli.main(["explain", "512x512", "--contexts", "8", "--tokens", "8"]) == 0
-    assert "8 contexts" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "8 contexts" in told
+    assert "[g,t,j,k,r]" in told, "brackets are no markup"
+    assert cli.main(["advise", "4096x4096"]) == 0
+    told = capsys.readouterr().out
+    assert "parameters" in told
+    assert "component" in told
 
 
 @pytest.mark.parametrize(
@@ -454,6 +586,8 @@ def test_bad_arguments_are_one_line_that_says_what_to_do(given, wanted, capsys, 
         (lambda text: text.replace('"gb_per_s": 20.0', '"gb_per_s": "fast"'), "damaged at machine.ceilings.gb_per_s"),
         (lambda text: re.sub(r'"p50_ms": [^,]*', '"p50_ms": 0', text, count=1), "p50_ms (Input should be greater"),
         (lambda text: text.replace('"B": 1,', '"B": "one",'), "values.B"),
+        (lambda text: text.replace('"gb_per_s"', '"gb"'), "machine.ceilings.gb_per_s"),
+        (lambda text: text.replace('"bytes": {', '"bytes": {"nobody": 1,'), "FLOPs or bytes without a time"),
     ],
 )
 def test_a_damaged_file_is_named(change, wanted, measured, tmp_path, capsys):

@@ -59,7 +59,7 @@ def add(contestants: dict[str, Any], left_out: dict[str, str], name: str, make: 
 
 
 def tuned_dense(x: Tensor, weight: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """`F.linear(x, weight)` by the native engine's tiles."""
+    """`F.linear(x, weight)` by the native engine's tiles; both are contiguous."""
     N, K = weight.shape
     layer = import_module("hyperkernels._cpu").Dense(weight.data_ptr(), N, K)
 
@@ -82,8 +82,10 @@ def onednn_dense(x: Tensor, weight: Tensor) -> Callable[[], dict[str, Tensor]]:
     return run
 
 
-def fastkron(x: Tensor, hidden: Tensor, head: Tensor) -> Callable[[], dict[str, Tensor]]:
+def fastkron(shape: tuple[int, int], x: Tensor, hidden: Tensor, head: Tensor) -> Callable[[], dict[str, Tensor]]:
     """`y = sum_k x (hidden_k kron head_k)^T`."""
+    if (hidden.shape[0] * head.shape[1], hidden.shape[1] * head.shape[2]) != shape:
+        raise RuntimeError("its factors cannot be cropped")
     product = import_module("pyfastkron.fastkrontorch").gemkm
     pairs = [(a.T.contiguous(), b.T.contiguous()) for a, b in zip(hidden.permute(2, 0, 1), head)]
 
@@ -129,10 +131,9 @@ def grouped_conv(x: Tensor, weights: Tensor, **settings: Any) -> Tensor:
     return y.view(len(x), -1, *y.shape[2:])
 
 
-def materialised(x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
+def materialised(shape: tuple[int, int], x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     """`F.linear` with the weight formed, of one context."""
-    N, K = hidden.shape[0] * head.shape[1], hidden.shape[1] * head.shape[2]
-    return F.linear(x, hk.generate_weight(hidden, head, (N, K)))
+    return F.linear(x, hk.generate_weight(hidden, head, shape))
 
 
 def compiled() -> Callable[..., Tensor]:
@@ -142,7 +143,9 @@ def compiled() -> Callable[..., Tensor]:
     return torch.compile(materialised, dynamic=False)
 
 
-def einsum(x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
+def einsum(shape: tuple[int, int], x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
+    """Of whole chunks, to which x is padded where the last is cropped."""
     J, cols = hidden.shape[1], head.shape[2]
-    y = torch.einsum("krq,bjq,ijk->bir", head, x.view(len(x), J, cols), hidden)
-    return y.reshape(len(x), -1)
+    whole = x if J * cols == shape[1] else F.pad(x, (0, J * cols - shape[1]))
+    y = torch.einsum("krq,bjq,ijk->bir", head, whole.view(len(x), J, cols), hidden)
+    return y.reshape(len(x), -1)[:, : shape[0]]

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from hyperkernels import calibration
 from hyperkernels.backends import BACKENDS, native_cpu
-from hyperkernels.bench import results as saved
+from hyperkernels.bench import files
 from hyperkernels.bench.measure import timed
 from hyperkernels.call import ORDERS, Call
 from hyperkernels.chunking import Grid
@@ -37,14 +37,15 @@ class Point(NamedTuple):
     features: dict[str, float]
 
 
-def calibrate(picture: Path) -> int:
-    """Measure, fit, keep, draw; exit code 0, or 1 where nothing is kept: the fit is no better than what the model had,
-    or somebody stopped it."""
+def calibrate() -> int:
+    """Measure, fit, keep, and draw beside what is kept; exit code 0, or 1 where nothing is kept: the fit is no better
+    than what the model had, or somebody stopped it."""
     target = calibration.path()
     if target is None:
         raise ValueError("HYPERKERNELS_CALIBRATION is off, or there is no home folder: name a file in it")
+    picture = target.with_suffix(".png")
     for path in (target, picture):
-        saved.check_writable(path)
+        files.check_writable(path)
     torch.manual_seed(0)
     try:
         points = measured()
@@ -60,7 +61,7 @@ def calibrate(picture: Path) -> int:
     better = off[1] <= off[0]
     if better:
         kept = {"format": calibration.FORMAT, "machine": calibration.machine_key(), "constants": after}
-        saved.write(target, (json.dumps(kept, indent=1) + "\n").encode())
+        files.write(target, (json.dumps(kept, indent=1) + "\n").encode())
         print(f"kept: {target}; delete it to go back")
     else:
         print("nothing is kept: the fit is no better")
@@ -180,4 +181,4 @@ def draw(points: list[Point], models: dict[str, dict[str, float]], path: Path) -
         axis.legend()
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
-    saved.write(path, data.getvalue())
+    files.write(path, data.getvalue())

@@ -90,6 +90,8 @@ def judge(case: Case) -> tuple[dict[str, Verdict], dict[str, str]]:
                 raise
             raised[name] = first_line(said)
             continue
+        if name in ENGINES and eager.keys() - results.keys():
+            raise ValueError(f"{name} gives no {', '.join(eager.keys() - results.keys())}")
         if isinstance(results, Mapping) and results.keys() & exact.keys():
             found[name] = _verdict(_first(results, exact), exact, allowed)
     return found, raised

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hyperkernels import calibration
 from hyperkernels.backends import BACKENDS
+from hyperkernels.bench import files
 from hyperkernels.bench import results as saved
 from hyperkernels.bench.case import NotHere
 from hyperkernels.bench.linear import Ours
@@ -29,6 +32,7 @@ from hyperkernels.call import Call
 from hyperkernels.chunking import Grid
 from hyperkernels.tables import wide_console
 
+ROOT = Path(__file__).parents[2]
 ROUNDS, QUICK_ROUNDS = 15, 5
 SLOWER = 0.8  # of the base's factor over a baseline: less is pointed out
 
@@ -44,6 +48,8 @@ def bench(arguments: argparse.Namespace) -> int:
     _check_backend(arguments, ours)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+        calibration.apply(calibration.SHIPPED)
+        calibration.load()  # what is for as many threads
     wanted = Wanted(arguments.quick, tuple(arguments.shape), arguments.dtype, arguments.device, ours)
     todo = []
     for suite in chosen:
@@ -54,37 +60,36 @@ def bench(arguments: argparse.Namespace) -> int:
                 raise ValueError(f"{suite}: no case for these settings: {why}") from None
             print(f"{suite} is left out: {why}", file=sys.stderr)
     found = saved.new(machine(arguments.device), shlex.join(["hyperkernels", *arguments.given]))
-    found["machine"]["ceilings"] = {}
     for path in (arguments.json, arguments.csv):
         if path is not None:
-            saved.check_writable(path)
+            files.check_writable(path)
     base = _base(arguments) if arguments.base else None
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     with (
         _quiet(),
         Progress(
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+            *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
             console=console,
         ) as progress,
     ):
         bar = progress.add_task("the machine's ceilings", total=len(todo) * rounds)
         try:
-            found["machine"]["ceilings"] = ceilings(arguments.device, DTYPES[arguments.dtype])
+            found["machine"]["ceilings"] = there = ceilings(arguments.device, DTYPES[arguments.dtype])
 
             def tick(name: str) -> None:
                 progress.update(bar, advance=1, description=name[:60])
 
-            for row in run(todo, rounds, found["machine"]["ceilings"], arguments.device, tick):
+            for row in run(todo, rounds, there, arguments.device, tick):
                 found["rows"].append(row)
                 _save(arguments, found)
             found["complete"] = True
         except KeyboardInterrupt:
             console.print(f"stopped: {len(found['rows'])} of {len(todo)} cases are kept")
         _save(arguments, found)
-    print_rows(found, base)
-    if _measured(found):
-        print(f"\nresults: {arguments.json}")
+    if found["rows"]:
+        print_rows(found, base)
+    print(f"\nresults: {arguments.json}" if _measured(found) else "nothing was measured, and nothing is saved")
     return int(not found["complete"] or not _measured(found) or any(row["failed"] for row in found["rows"]))
 
 
@@ -104,7 +109,7 @@ def _check_backend(arguments: argparse.Namespace, ours: Ours) -> None:
 def _save(arguments: argparse.Namespace, found: saved.Results) -> None:
     if not _measured(found):  # what an earlier run saved stays
         return
-    saved.save(arguments.json, found)
+    files.save(arguments.json, found)
     if arguments.csv:
         saved.save_csv(arguments.csv, found)
 
@@ -112,8 +117,6 @@ def _save(arguments: argparse.Namespace, found: saved.Results) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without other libraries' warnings between the lines of the progress bar."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -121,34 +124,39 @@ def _quiet() -> Iterator[None]:
 
 def _base(arguments: argparse.Namespace) -> saved.Results:
     """The results of another commit, measured now by its own code, or those of a file."""
-    path = Path(arguments.base)
-    if path.suffix == ".json":
-        return saved.load(path)
-    root = Path(__file__).parents[2]
-    git = ["git", "-C", str(root)]
+    if Path(arguments.base).suffix == ".json":
+        return saved.load(Path(arguments.base))
     if not shutil.which("git"):
         raise ValueError("--base: a commit needs git, which is not installed: give a results file (.json)")
+    git = ["git", "-C", str(ROOT)]
     commit = subprocess.run(
         [*git, "rev-parse", "--verify", f"{arguments.base}^{{commit}}"], capture_output=True, text=True
     )
     if commit.returncode:
-        raise ValueError(f"--base: got {arguments.base!r}, wanted a commit of {root}, or a results file (.json)")
+        raise ValueError(f"--base: got {arguments.base!r}, wanted a commit of {ROOT}, or a results file (.json)")
+    sha = commit.stdout.strip()
+    alike = [*git, "grep", "--quiet", f"^FORMAT = {saved.FORMAT}$", sha, "--", "hyperkernels/bench/results.py"]
+    if subprocess.run(alike, capture_output=True).returncode:
+        raise ValueError(f"--base: {arguments.base} saves results otherwise, and cannot be compared: give a later one")
     with tempfile.TemporaryDirectory() as folder:
         tree, output = Path(folder) / "tree", Path(folder) / "base.json"
-        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(tree), commit.stdout.strip()], check=True)
+        given = _without(arguments.given[1:], "--base", "--json", "--csv")
+        again = [sys.executable, "-m", "hyperkernels", "bench", *given, "--json", str(output)]
+        steps = [
+            ([*git, "worktree", "add", "--quiet", "--detach", str(tree), sha], None),
+            ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree),
+            (again, tree),
+        ]
         try:
-            given = _without(arguments.given[1:], "--base", "--json", "--csv")
-            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-            again = [sys.executable, "-m", "hyperkernels", "bench", *given, "--json", str(output)]
-            for step in (build, again):
+            for step, where in steps:
                 print(f"base {arguments.base}: {shlex.join(step[1:4])} ...", file=sys.stderr)
-                outcome = subprocess.run(step, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                outcome = subprocess.run(step, cwd=where, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
                 if outcome.returncode and not output.exists():
                     last = (outcome.stderr.strip().splitlines() or ["it failed"])[-1]
                     raise ValueError(f"--base: {arguments.base} cannot be measured: {last}")
             return saved.load(output)
         finally:
-            subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=False)
+            subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=False, capture_output=True)
 
 
 def _without(given: list[str], *options: str) -> list[str]:
@@ -166,39 +174,22 @@ def _without(given: list[str], *options: str) -> list[str]:
 def print_rows(found: saved.Results, base: saved.Results | None = None) -> None:
     """A table for each case, and below what its columns mean."""
     console = wide_console()
-    there = found["machine"]
-    told = there["ceilings"]
-    rates = ", ".join(
-        f"{name} {told[key]:.0f} {unit}"
-        for key, name, unit in (
-            *(("gflop_per_s", "a large product", "GFLOP/s"), ("fma_gflop_per_s", "multiplications", "GFLOP/s")),
-            ("gb_per_s", "a large copy", "GB/s"),
-        )
-        if key in told
-    )
-    console.print(f"{there['device']}; torch {there['torch']}; {rates}", highlight=False)
+    console.print(saved.told(found["machine"]))
     for row in found["rows"]:
         console.print(_table(row, base))
         if row["failed"]:
-            console.print(f"[bold]FAILED[/bold]: {row['failed']}", highlight=False)
+            console.print(f"FAILED: {row['failed']}", style="bold")
     terms = saved.TERMS | ({"base": "what it said of ours against the same baseline"} if base else {})
-    console.print("\n".join(f"{name}: {what}" for name, what in terms.items()), highlight=False, style="dim")
+    console.print("\n".join(f"{name}: {what}" for name, what in terms.items()), style="dim")
 
 
 def _table(row: saved.Row, base: saved.Results | None) -> Table:
     table = Table(title=f"{row['suite']}: {row['case']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = ["", "p20 ms", "p50", "p80", "ours is", "roof", "max err", "RMS err", "MiB", *(["base"] if base else [])]
-    for n, name in enumerate(columns):
+    for n, name in enumerate((*saved.COLUMNS, "base") if base else saved.COLUMNS):
         table.add_column(name, justify="left" if n == 0 else "right", no_wrap=True)
     for line in saved.lines(row):
-        cells = [f"{value:.3g}" for value in (line.p20_ms, line.p50_ms, line.p80_ms)]
-        cells += [saved.faster(line.times_faster), f"{line.of_roofline:.0%}" if line.of_roofline else ""]
-        cells += ["" if off is None else f"{off:.0e}" for off in (line.max_error, line.rms_error)]
-        cells.append(f"{line.peak_mib:.1f}")
-        if base:
-            cells.append(_against(base, row, line))
-        who = f"{line.contestant}, wrong" if line.verdict == "wrong" else line.contestant
-        table.add_row(who, *cells, style="bold" if line.ours else None)
+        before = [_against(base, row, line)] if base else []
+        table.add_row(*line.cells, *before, style="bold" if line.ours else None)
     if row["missing"]:
         table.caption = "\n".join(f"{name} is not here: {why}" for name, why in row["missing"].items())
         table.caption_justify = "left"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import hyperkernels as hk
 from hyperkernels.bench import baselines
 from hyperkernels.bench.case import OURS, Case, Contestants, results_of
-from hyperkernels.bench.linear import Ours, unusual
+from hyperkernels.bench.linear import AS_PLANNED, Ours, unusual
+from hyperkernels.chunking import ceil_div
 from hyperkernels.conv_form import conv_form, parts
 from hyperkernels.weight import form
 
@@ -32,16 +33,14 @@ def convolution(
     unfolded: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    ours: Ours = Ours(),  # noqa: B008 - frozen
+    ours: Ours = AS_PLANNED,
 ) -> Case:
     """Kernels of 3x3, of `shape` out and in channels, on images of `size x size`, padded to stay so: against the dense
     layer of the same kernels, in either memory format; or with a context per image against all kernels formed, and one
     convolution with a group per image. `unfolded` adds the native engine on windows laid out beforehand, for nothing:
     the most that a fused convolution of its own could reach."""
     (N, K), (rows, cols) = shape, chunk
-    if N % rows or K % cols:
-        raise ValueError(f"chunk: got {rows}x{cols}, wanted one that divides {N}x{K} channels")
-    I, J = N // rows, K // cols
+    I, J = ceil_div(N, rows), ceil_div(K, cols)
     what = "forward and backward" if train else "forward"
     whose = f"{B} contexts of one image" if per_image else f"B={B}"
     channels = f"{N} channels" if N == K else f"{K} to {N} channels"
@@ -53,7 +52,7 @@ def convolution(
     hidden = draw(*((B,) if per_image else ()), I, J, m)
     leaves = [draw(B, K, size, size), hidden, draw(m, rows, cols, 3, 3)]
     dy = draw(B, N, size, size).detach()
-    ours.check(name, next(parts(conv_form(2, leaves[0], hidden, leaves[2], padding=1))).call)
+    ours.check(name, next(parts(conv_form(2, leaves[0], hidden, leaves[2], N, padding=1))).call)
 
     def materialised(x: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
         weight = hk.generate_weight(hidden, head, (N, K, 3, 3))
@@ -65,13 +64,14 @@ def convolution(
     formed = "grouped-conv" if per_image else "materialise"
     contestants: Contestants = {}
     if not per_image:
-        weight = hk.generate_weight(hidden, leaves[2], (N, K, 3, 3)).detach().requires_grad_()
+        weight = hk.generate_weight(hidden, leaves[2], (N, K, 3, 3)).detach().contiguous().requires_grad_()
         plain = [leaves[0], weight]
-        last = [v.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for v in plain]
+        *last, dy_last = (v.detach().contiguous(memory_format=torch.channels_last) for v in (*plain, dy))
+        last = [v.requires_grad_() for v in last]
         contestants["dense"] = lambda: run(partial(F.conv2d, padding=1), plain)
-        contestants["dense, channels_last"] = lambda: run(partial(F.conv2d, padding=1), last)
+        contestants["dense, channels_last"] = lambda: run(partial(F.conv2d, padding=1), last, dy_last)
     contestants[formed] = lambda: run(materialised, leaves)
-    contestants[OURS] = lambda: run(partial(hk.hyper_conv2d, padding=1, **ours.settings), leaves)
+    contestants[OURS] = lambda: run(partial(hk.hyper_conv2d, out_channels=N, padding=1, **ours.settings), leaves)
     if unfolded:
         windows = F.unfold(leaves[0].detach(), 3, padding=1).transpose(1, 2).contiguous().requires_grad_()
         laid_out = [windows, hidden.detach().requires_grad_(), leaves[2].detach().flatten(2).requires_grad_()]
@@ -115,8 +115,8 @@ def resnet50_step(B: int, *, per_image: bool, device: str = "cpu", dtype: torch.
     networks[1].to(memory_format=torch.channels_last)
 
     def step(network: nn.Module, images: Tensor, **context: Tensor | None) -> None:
-        network.zero_grad()
         network(images, labels=labels, **context).loss.backward()
+        network.zero_grad()  # here, so that gradients are memory of the step that made them
 
     contestants: Contestants = {
         "dense": lambda: step(networks[0], images),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hyperkernels as hk
 from hyperkernels.bench.case import OURS, Case, Contestants
-from hyperkernels.bench.linear import Ours, unusual
+from hyperkernels.bench.linear import AS_PLANNED, Ours, unusual
 from hyperkernels.form import canonical_form
 
 COPIES = 3  # of its weights that a dense step holds at once: they, their gradient, and what forms them
@@ -30,7 +30,7 @@ def layer(
     m: int = 16,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    ours: Ours = Ours(),  # noqa: B008 - frozen
+    ours: Ours = AS_PLANNED,
 ) -> Case:
     """Forward and backward of a square layer in chunks that the planner picks: against a dense layer, and the same
     function with the weight formed, as long as the machine has memory for those."""
@@ -39,27 +39,32 @@ def layer(
     hidden, grid = generated.hidden()[0], generated.grid
     assert isinstance(hidden, Tensor)
     name = f"forward and backward, {size:,}x{size:,}, chunks {grid.rows}x{grid.cols}, m={m}, B={B}" + unusual(dtype)
-    x = torch.randn(B, size, device=device, dtype=dtype, requires_grad=True)
+    x, dy = (torch.randn(B, size, device=device, dtype=dtype) for _ in range(2))
+    x.requires_grad_()
     ours.check(name, canonical_form(x, hidden, generated.head, out_features=size).call)
-    picked = torch.arange(0, size, max(1, size // 16), device=device)  # neurons that are judged
+    picked = torch.arange(0, size, max(1, size // 16), device=device)  # of outputs and of inputs, those that are judged
 
     def step(module: nn.Module) -> dict[str, Tensor]:
-        module.zero_grad()  # as after an optimizer's step: nobody pays for adding to what was there
         y = module(x)
-        y.square().mean().backward()
-        return {"y": y.detach()[:, picked]}
+        y.backward(dy)
+        assert x.grad is not None
+        found = {"y": y.detach()[:, picked], "dx": x.grad[:, picked]}
+        module.zero_grad()  # here, so that gradients are memory of the step that made them
+        x.grad = None
+        return found
 
     def run(backend: str | None, order: str | None = None) -> dict[str, Tensor]:
         generated.backend, generated.order = backend, order
         return step(generated)
 
-    def neuron_by_neuron(dtype: torch.dtype) -> dict[str, Tensor]:
-        """Each of whose weights is formed alone."""
+    def line_by_line(dtype: torch.dtype) -> dict[str, Tensor]:
+        """Of the weight's rows and columns, each of which is formed alone."""
         with torch.no_grad():
-            rows = hidden.to(dtype)[picked // grid.rows]
-            heads = generated.head.to(dtype)[:, picked % grid.rows]
-            weight = torch.einsum("njk,knq->njq", rows, heads).flatten(1)[:, :size]
-            return {"y": x.to(dtype) @ weight.T}
+            own, head = hidden.to(dtype), generated.head.to(dtype)
+            rows = torch.einsum("njk,knq->njq", own[picked // grid.rows], head[:, picked % grid.rows])
+            cols = torch.einsum("ink,krn->irn", own[:, picked // grid.cols], head[:, :, picked % grid.cols])
+            y = x.to(dtype) @ rows.flatten(1)[:, :size].T
+            return {"y": y, "dx": dy.to(dtype) @ cols.flatten(0, 1)[:size]}
 
     contestants: Contestants = {}
     needed, free = x.itemsize * COPIES * size * size, free_bytes(device)
@@ -74,12 +79,12 @@ def layer(
         why = f"it would hold {needed >> 20:,} MiB of weights; {free >> 20:,} MiB are free"
         left_out = {"dense": why, "materialise": why}
     contestants[OURS] = lambda: run(ours.backend, ours.order)
-    judged = {"materialise": lambda: neuron_by_neuron(dtype), OURS: contestants[OURS]}  # where nothing eager fits
+    judged = {"materialise": lambda: line_by_line(dtype), OURS: contestants[OURS]}  # where nothing eager fits
     return Case(
         name,
         contestants,
-        lambda: neuron_by_neuron(torch.float64),
+        lambda: line_by_line(torch.float64),
         missing=left_out,
-        proof=Case("", judged, lambda: neuron_by_neuron(torch.float64)) if left_out else None,
+        proof=Case("", judged, lambda: line_by_line(torch.float64)) if left_out else None,
         values={"N": size, "K": size, "chunk": [grid.rows, grid.cols], "m": m, "B": B, "weights": size * size},
     )

@@ -70,8 +70,9 @@ def run_linears(model: nn.Module, inputs: list[Tensor]) -> Callable[[], dict[str
             with torch.set_grad_enabled(x.requires_grad):
                 y = layer(x)
                 if x.requires_grad:
-                    layer.zero_grad()
                     y.backward(y.detach())
+                    layer.zero_grad()
+                    x.grad = None
             found[str(n)] = y.detach()
         return found
 
@@ -165,12 +166,13 @@ def step(B: int, T: int, layers: int = LAYERS, **like: Any) -> Case:
 
     def train(model: Any) -> None:
         model.train()
-        model.zero_grad()
         F.cross_entropy(model(tokens).logits.flatten(0, 1), labels).backward()
+        model.zero_grad()  # here, so that gradients are memory of the step that made them
 
     def train_head() -> None:
-        head.zero_grad()
         F.cross_entropy(head(activations), labels).backward()
+        head.zero_grad()
+        activations.grad = None
 
     parts: Contestants = {
         "of it the linears, dense": run_linears(dense, inputs_of(dense, B, T, train=True)),

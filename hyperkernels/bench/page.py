@@ -7,6 +7,7 @@ import html
 import io
 from pathlib import Path
 
+from hyperkernels.bench import files
 from hyperkernels.bench import results as saved
 from hyperkernels.bench.baselines import BASELINES
 from hyperkernels.bench.plots import figures
@@ -34,19 +35,14 @@ figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #444; }
 
 def write_page(path: Path, output: Path) -> Path:
     results = saved.load(path)
-    saved.write(output, page(results).encode())
+    files.write(output, page(results).encode())
     return output
 
 
 def page(results: saved.Results) -> str:
     """The whole document."""
-    machine, rates = results["machine"], results["machine"]["ceilings"]
-    told = [machine["device"], f"torch {machine['torch']}", f"Python {machine['python']}"]
-    told += [f"hyperkernels {machine['hyperkernels']}"]
-    units = {"gflop_per_s": "GFLOP/s of a large product", "fma_gflop_per_s": "GFLOP/s in registers"}
-    told += [f"{rates[key]:.0f} {unit}" for key, unit in units.items() if key in rates]
-    told += [f"{rates['gb_per_s']:.0f} GB/s of a large copy"] if "gb_per_s" in rates else []
-    parts = [f"<p>{_text(', '.join(told))}.</p>", f"<p><code>{_text(results['command'])}</code></p>"]
+    machine = f"{saved.told(results['machine'])}; hyperkernels {results['machine']['hyperkernels']}"
+    parts = [f"<p>{_text(machine)}</p>", f"<p><code>{_text(results['command'])}</code></p>"]
     if not results["complete"]:
         parts.append("<p class=failed>Stopped before its end: these are the rows that were measured.</p>")
     for name, figure in figures(results).items():
@@ -70,15 +66,10 @@ def page(results: saved.Results) -> str:
 
 
 def _table(row: saved.Row) -> str:
-    columns = ("", "p20 ms", "p50 ms", "p80 ms", "ours is", "roof", "max err", "RMS err", "MiB")
-    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
+    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in saved.COLUMNS) + "</tr>"]
     for line in saved.lines(row):
-        cells = [line.contestant, *(f"{value:.3f}" for value in (line.p20_ms, line.p50_ms, line.p80_ms))]
-        cells += [saved.faster(line.times_faster), f"{line.of_roofline:.0%}" if line.of_roofline else ""]
-        cells += ["" if off is None else f"{off:.1e}" for off in (line.max_error, line.rms_error)]
-        cells.append(f"{line.peak_mib:.1f}")
         kind = "wrong" if line.verdict == "wrong" else "ours" if line.ours else ""
-        lines.append(f'<tr class="{kind}">' + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+        lines.append(f'<tr class="{kind}">' + "".join(f"<td>{_text(cell)}</td>" for cell in line.cells) + "</tr>")
     for name, why in row["missing"].items():
         lines.append(f'<tr class="missing"><td>{_text(name)}</td><td colspan="8">not here: {_text(why)}</td></tr>')
     failed = f"<p class=failed>Failed: {_text(row['failed'])}</p>" if row["failed"] else ""

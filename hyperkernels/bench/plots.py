@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hyperkernels.bench import files
 from hyperkernels.bench import results as saved
 from hyperkernels.bench.case import OURS
 from hyperkernels.bench.measure import peak_gflop_per_s
@@ -53,14 +54,14 @@ def plot(path: Path, folder: Path, wanted: str) -> list[Path]:
     results = saved.load(path)
     made = figures(results)
     if not made:
-        raise saved.ResultsError(f"{path}: no row that can be drawn: measure first (`hyperkernels bench`)")
+        raise files.ResultsError(f"{path}: no row that can be drawn: measure first (`hyperkernels bench`)")
     written = []
     for name, figure in made.items():
         for kind in ("png", "svg") if wanted == "both" else (wanted,):
             target = folder / f"{path.stem}-{name}.{kind}"
             data = io.BytesIO()
             figure.savefig(data, format=kind, dpi=130)
-            saved.write(target, data.getvalue())
+            files.write(target, data.getvalue())
             written.append(target)
     return written
 
@@ -139,8 +140,8 @@ def _speedup(results: saved.Results) -> Any:
 def _roofline(results: saved.Results) -> Any:
     """GFLOP/s against FLOPs per byte that must be moved, under the machine's own roof."""
     rows = [row for row in _good(results, *{row["suite"] for row in results["rows"]}) if row.get("bytes")]
-    ceilings = results["machine"]["ceilings"]
-    if not rows or not ceilings:
+    ceilings: Any = results["machine"]["ceilings"]
+    if not rows:
         return None
     figure, (axis,) = canvas(1)
     peak = peak_gflop_per_s(ceilings)

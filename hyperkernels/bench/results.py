@@ -1,19 +1,18 @@
-"""Saved results: written whole or not at all, and read with a plain word where they cannot be."""
+"""What is saved of a run, told part by part; it is read with a plain word where it cannot be."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
-import tempfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from hyperkernels.bench.case import ENGINES, OURS
+from hyperkernels.bench.files import ResultsError, write
 
 FORMAT = 2
 TERMS = {
@@ -24,14 +23,28 @@ TERMS = {
 }
 
 
-class Machine(TypedDict):
-    """`ceilings` is empty where the run was stopped before they were measured."""
+class Ceilings(TypedDict):
+    """What `measure.ceilings` finds; the last on a CPU with the native engine."""
 
+    gflop_per_s: PositiveFloat
+    gb_per_s: PositiveFloat
+    fma_gflop_per_s: NotRequired[PositiveFloat]
+
+
+class Machine(TypedDict):
     device: str
     torch: str
     python: str
     hyperkernels: str
-    ceilings: dict[str, PositiveFloat]
+    ceilings: Ceilings
+
+
+RATES = {
+    "gflop_per_s": "a large product {:.0f} GFLOP/s",
+    "fma_gflop_per_s": "multiplications in registers {:.0f} GFLOP/s",
+    "gb_per_s": "a large copy {:.0f} GB/s",
+}
+COLUMNS = ("", "p20 ms", "p50 ms", "p80 ms", "ours is", "roof", "max err", "RMS err", "MiB")
 
 
 class Values(TypedDict, total=False):
@@ -81,24 +94,15 @@ class Row(TypedDict):
 
 
 class Results(TypedDict):
-    hyperkernels_bench: Literal[2]
+    hyperkernels_bench: int
     machine: Machine
     command: str
     complete: bool
     rows: list[Row]
 
 
-class ResultsError(ValueError):
-    """A file of results that cannot be read or written: one line that says what to do."""
-
-
 def new(machine: Any, command: str) -> Any:
     return {"hyperkernels_bench": FORMAT, "machine": machine, "command": command, "complete": False, "rows": []}
-
-
-def save(path: Path, results: Any) -> None:
-    """Written beside the file and moved over it: what was there stays until all of the new is."""
-    write(path, (json.dumps(results, indent=1) + "\n").encode())
 
 
 class Line(NamedTuple):
@@ -119,6 +123,15 @@ class Line(NamedTuple):
     @property
     def ours(self) -> bool:
         return self.contestant in ENGINES
+
+    @property
+    def cells(self) -> list[str]:
+        """For people, by COLUMNS."""
+        who = f"{self.contestant}, wrong" if self.verdict == "wrong" else self.contestant
+        share = "" if self.of_roofline is None else f"{self.of_roofline:.0%}"
+        errors = ["" if off is None else f"{off:.0e}" for off in (self.max_error, self.rms_error)]
+        times = [f"{value:.3g}" for value in (self.p20_ms, self.p50_ms, self.p80_ms)]
+        return [who, *times, faster(self.times_faster), share, *errors, f"{self.peak_mib:.1f}"]
 
 
 def lines(row: Row) -> list[Line]:
@@ -160,40 +173,12 @@ def save_csv(path: Path, results: Results) -> None:
 
 
 def ratio(row: Row, name: str) -> float | None:
-    """How many times faster ours is than a contestant, unless that is ours or does a part of the work."""
+    """How many times faster ours is than a contestant, unless that is ours, is wrong or does a part of the work."""
     ours, theirs = row["times"].get(OURS), row["times"].get(name)
-    if ours is None or theirs is None or name == OURS or name in row["parts"]:
+    wrong = name in row["errors"] and not row["errors"][name]["right"]
+    if ours is None or theirs is None or name == OURS or wrong or name in row["parts"]:
         return None
     return theirs["p50_ms"] / ours["p50_ms"]
-
-
-def check_writable(path: Path) -> None:
-    """Before anything is measured; what lies at the path stays as it is."""
-    handle, part = _part(path)
-    os.close(handle)
-    Path(part).unlink()
-
-
-def _part(path: Path) -> tuple[int, str]:
-    if path.exists() and not path.is_file():
-        raise ResultsError(f"{path}: is no file: give the path of one, which may not be there yet")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot write there ({error.strerror}): give another path") from None
-
-
-def write(path: Path, data: bytes) -> None:
-    handle, part = _part(path)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
 
 
 def load(path: Path) -> Results:
@@ -212,8 +197,19 @@ def load(path: Path) -> Results:
         version = found["hyperkernels_bench"]
         raise ResultsError(f"{path}: results of format {version}, this version reads {FORMAT}: measure again")
     try:
-        return TypeAdapter(Results).validate_python(found, strict=True)
+        results = TypeAdapter(Results).validate_python(found, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ResultsError(f"{path}: it is damaged at {where} ({first['msg']}): measure again") from None
+    for row in results["rows"]:
+        if not row["flops"].keys() == row["bytes"].keys() <= row["times"].keys():
+            raise ResultsError(f"{path}: it is damaged: {row['case']} has FLOPs or bytes without a time: measure again")
+    return results
+
+
+def told(machine: Machine) -> str:
+    """The machine in a line."""
+    ceilings: Any = machine["ceilings"]
+    rates = [words.format(ceilings[name]) for name, words in RATES.items() if name in ceilings]
+    return "; ".join([machine["device"], f"torch {machine['torch']}", f"Python {machine['python']}", *rates])

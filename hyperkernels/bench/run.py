@@ -55,18 +55,19 @@ def roofline_s(call: Callable[[], Any], ceilings: dict[str, float]) -> tuple[int
 
 def _empty(suite: str, name: str) -> Row:
     """A row of which nothing is measured yet."""
-    parts = ("values", "missing", "times", "errors", "peak_mib", "of_roofline", "flops", "bytes")
-    empty: Any = {"suite": suite, "case": name, "parts": [], "rounds": 0, "failed": None, **{key: {} for key in parts}}
+    blank = ("values", "missing", "times", "errors", "peak_mib", "of_roofline", "flops", "bytes")
+    empty: Any = {"suite": suite, "case": name, "parts": [], "rounds": 0, "failed": None, **{key: {} for key in blank}}
     return empty
 
 
 def measure(
-    case: Case, suite: str, rounds: int, ceilings: dict[str, float], device: str, tick: Callable[[], None]
-) -> Row:
-    """A row of the results. A case that is wrong, or whose check fails, is a row that failed, not one that was fast."""
-    row = _empty(suite, case.name)
-    row["values"], row["parts"] = Values(**case.values), list(case.parts)
+    case: Case, row: Row, rounds: int, ceilings: dict[str, float], device: str, tick: Callable[[], None]
+) -> None:
+    """Fills the row. A case that is wrong, or whose check fails, is a row that failed, not one that was fast. A
+    baseline that raises is missing from there on; where ours does, what was measured before is in the row."""
+    row["case"], row["values"], row["parts"] = case.name, Values(**case.values), list(case.parts)
     verdicts, raised = judge(case)
+    row["missing"] = {**case.missing, **raised}
     row["errors"] = {name: Deviation(**v.error._asdict(), right=v.right) for name, v in verdicts.items()}
     wrong = [name for name in ENGINES if name in verdicts and not verdicts[name].right]
     if wrong:
@@ -76,32 +77,35 @@ def measure(
             case.check()
         except AssertionError as error:
             row["failed"] = first_line(error) if str(error) else "the case's own check failed"
-    clocks = {}
-    for name, call in case.contestants.items():
-        if name in raised:
-            continue
-        try:
-            clocks[name] = Clock(call, device)
-        except Exception as error:
-            if name in ENGINES:
-                raise
-            raised[name] = first_line(error)
-    row["missing"] = {**case.missing, **raised}
-    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    there = {name: call for name, call in case.contestants.items() if name not in raised}
+
+    def each(do: Callable[[str, Callable[[], Any]], None]) -> None:
+        for name, call in list(there.items()):
+            try:
+                do(name, call)
+            except Exception as error:
+                if name in ENGINES:
+                    raise
+                row["missing"][name] = first_line(error)
+                del there[name]
+
+    clocks: dict[str, Clock] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in there}
+    each(lambda name, call: clocks.update({name: Clock(call, device)}))
     for _ in range(rounds):
-        for name, times in seconds.items():
-            times.append(clocks[name].seconds())
+        each(lambda name, _call: seconds[name].append(clocks[name].seconds()))
         tick()
     row["rounds"] = rounds
-    for name, times in seconds.items():
-        row["times"][name] = Times(**Quantiles.of(times)._asdict())
-        row["peak_mib"][name] = peak_bytes(case.contestants[name], device) / 2**20
-        same = "dense" if name in UNSEEN else name
-        flops, moved, least = roofline_s(case.contestants[same], ceilings)
+    row["times"] = {name: Times(**Quantiles.of(seconds[name])._asdict()) for name in there}
+
+    def memory_and_roof(name: str, call: Callable[[], Any]) -> None:
+        row["peak_mib"][name] = peak_bytes(call, device) / 2**20
+        flops, moved, least = roofline_s(case.contestants["dense"] if name in UNSEEN else call, ceilings)
         if flops:
             row["of_roofline"][name] = 1e3 * least / row["times"][name]["p50_ms"]
             row["flops"][name], row["bytes"][name] = flops, moved
-    return row
+
+    each(memory_and_roof)
 
 
 def run(
@@ -123,15 +127,25 @@ def run(
 
         row = _empty(suite, suite)
         try:
-            case = make()
-            row["case"] = case.name
-            row = measure(case, suite, rounds, ceilings, device, lambda name=case.name: told(name))
-        except NotHere as why:
-            row["case"], row["missing"] = why.name, {"the case": str(why)}
-        except ModuleNotFoundError as error:  # nothing is wrong, but it cannot be measured here
-            row["missing"] = {"the case": f"{error.name} is not installed"}
+            case = _made(make, row)
+            if case is not None:
+                measure(case, row, rounds, ceilings, device, lambda row=row: told(row["case"]))
         except Exception as error:  # whatever a compiler, a device or a baseline raises: the other cases go on
             row["failed"] = first_line(error)
+        case = None
+        if device == "cuda":
+            torch.cuda.empty_cache()
         yield row
         while done < rounds:
             told(row["case"])
+
+
+def _made(make: Callable[[], Case], row: Row) -> Case | None:
+    """The case; or in the row why it cannot be measured here, though nothing is wrong."""
+    try:
+        return make()
+    except NotHere as why:
+        row["case"], row["missing"] = why.name, {"the case": str(why)}
+    except ModuleNotFoundError as error:
+        row["missing"] = {"the case": f"{error.name} is not installed"}
+    return None

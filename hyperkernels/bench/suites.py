@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from math import gcd
 from typing import Any
 
 import torch
 
 from hyperkernels.bench.case import Case, NotHere
+from hyperkernels.bench.contexts import contexts, many_contexts, whole_weights
 from hyperkernels.bench.conv import convolution, resnet50_step
 from hyperkernels.bench.growth import layer
-from hyperkernels.bench.linear import Ours, contexts, linear, many_contexts, whole_weights
+from hyperkernels.bench.linear import AS_PLANNED, Ours, linear
 from hyperkernels.bench.models import decode, only_linears, serving, step
 from hyperkernels.planner import default_chunk
 
@@ -40,7 +40,7 @@ class Wanted:
     shapes: tuple[tuple[int, int], ...] = ()
     dtype: str = "fp32"
     device: str = "cpu"
-    ours: Ours = field(default_factory=Ours)
+    ours: Ours = AS_PLANNED
 
     def of(self, quick: list[tuple[int, int]], whole: list[tuple[int, int]]) -> list[tuple[int, int]]:
         return list(self.shapes) or (quick if self.quick else whole)
@@ -59,9 +59,7 @@ def cases(suite: str, wanted: Wanted) -> list[Make]:
 
 
 def _chunk(shape: tuple[int, int]) -> tuple[int, int]:
-    """The planner's, made to divide the layer."""
-    rows, cols = default_chunk(*shape, WIDTH)
-    return gcd(shape[0], rows), gcd(shape[1], cols)
+    return default_chunk(*shape, WIDTH)
 
 
 def _not_here(name: str, why: str) -> Case:
@@ -96,8 +94,7 @@ def _conv(wanted: Wanted) -> Iterator[Make]:
     own = [((64, 64), 28)] if wanted.quick else [((64, 64), 56), ((256, 256), 14)]
     for shape, size in [(shape, 14) for shape in wanted.shapes] or own:
         for per_image in (False, True):
-            chunk = gcd(4, shape[0]), shape[1]
-            yield partial(convolution, shape, size, chunk, 16, B, per_image=per_image, **wanted.common)
+            yield partial(convolution, shape, size, (4, shape[1]), 16, B, per_image=per_image, **wanted.common)
 
 
 def _train_step(wanted: Wanted) -> Iterator[Make]:
@@ -130,7 +127,7 @@ def _scaling(wanted: Wanted) -> Iterator[Make]:
 
 
 def _models(wanted: Wanted) -> Iterator[Make]:
-    if wanted.shapes or wanted.ours != Ours():
+    if wanted.shapes or wanted.ours != AS_PLANNED:
         raise NotHere("models", "they have their own shapes, and the planner's orders: leave out --shape and the like")
     like = {"device": wanted.device, "dtype": DTYPES[wanted.dtype]}
     given = like | ({"layers": 2} if wanted.quick else {})

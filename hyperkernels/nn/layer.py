@@ -45,6 +45,9 @@ class HyperLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(width=width)
+        dtype = factory.get("dtype")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: got {dtype}, wanted a floating one")
         if not (isinstance(bias, bool) or (isinstance(bias, str) and bias == "generated")):
             raise ValueError(f'bias: got {bias!r}, wanted True, False or "generated"')
         if hypernet is not None and not isinstance(hypernet, nn.Module):
@@ -129,6 +132,14 @@ class HyperLayer(nn.Module):
         contexts = _contexts(hidden)
         ones = self.bias_head.new_ones((contexts, 1) if contexts != 1 else (1,))
         return weight, hyper_linear(ones, last, self.bias_head, out_features=self.grid.out_features)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"weight: {type(self).__name__} generates it, and no parameter can take its place: generate that one "
+                "(`from_dense`), or put a dense layer here (`hyperkernels.merge_`)"
+            )
+        super().register_parameter(name, param)
 
     @property
     def weight(self) -> Tensor:
