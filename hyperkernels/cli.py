@@ -227,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         *("--calibrate",),
         action="store_true",
-        help="fit the planner's constants to this machine in some minutes, draw how well they do here, and keep both "
+        help="fit the planner's constants to this machine within a minute, draw how well they do here, and keep both "
         f"in {calibration.path() or 'the cache folder of a user who has a home'}; delete that file to go back",
     )
     plot = command(

@@ -25,6 +25,7 @@ pytest.importorskip("rich", reason="the command line draws its tables with rich"
 pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
 pytest.importorskip("pydantic", reason="results are read with pydantic")
 from hyperkernels.bench import case, command, contexts, files, growth, linear, measure, plots, results, run, suites
+from hyperkernels.testing import peak_bytes
 
 CEILINGS = {"gflop_per_s": 100.0, "gb_per_s": 20.0}
 TINY = ("--quick", "--shape", "64x64", "--rounds", "2")
@@ -182,6 +183,7 @@ def test_memory_is_checked_of_the_engine_that_promises_it(backend, tmp_path):
 
 
 def test_gradients_are_memory_of_the_step_that_made_them():
+    peak_bytes(lambda: torch.ones(1))  # the first profile of a process may miss what is freed
     (row,) = run.run([("scaling", lambda: growth.layer(1e6))], 1, CEILINGS)
     assert row["peak_mib"]["dense"] > 3.8  # a million numbers
     assert row["peak_mib"]["hyperkernels"] < row["peak_mib"]["dense"]
