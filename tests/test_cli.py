@@ -183,10 +183,9 @@ def test_memory_is_checked_of_the_engine_that_promises_it(backend, tmp_path):
 
 
 def test_gradients_are_memory_of_the_step_that_made_them():
-    peak_bytes(lambda: torch.ones(1))  # the first profile of a process may miss what is freed
-    (row,) = run.run([("scaling", lambda: growth.layer(1e6))], 1, CEILINGS)
-    assert row["peak_mib"]["dense"] > 3.8  # a million numbers
-    assert row["peak_mib"]["hyperkernels"] < row["peak_mib"]["dense"]
+    step = growth.layer(1e6).contestants
+    for _ in range(2):  # in the second, a profile knows what the first left behind
+        assert peak_bytes(step["dense"]) > 4e6 > peak_bytes(step["hyperkernels"])
 
 
 def test_a_layer_too_large_for_its_weights_is_judged_by_some_of_them(monkeypatch):
