@@ -339,7 +339,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 
 def test_the_signal_of_ctrl_c_keeps_what_was_measured(tmp_path):
     path = tmp_path / "part.json"
-    given = ["bench", "decode", "memory", "linear", "--shape", "512x512", "--rounds", "200", "--json", str(path)]
+    given = ["bench", "decode", "memory", "linear", "--shape", "512x512", "--rounds", "40", "--json", str(path)]
     process = subprocess.Popen([sys.executable, "-m", "hyperkernels", *given], stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < end:
