@@ -76,7 +76,7 @@ def _like(pattern: re.Pattern[str], names: list[str]) -> str:
     """What to write for a pattern that matches no name as a whole."""
     parts = [name for name in names if pattern.search(name)]
     few = ", ".join(map(repr, (parts or names)[:4])) + ", ..." * (len(parts or names) > 4)
-    hint = f"{f'.*{pattern.pattern}.*'!r} would match " if parts else "the model has "
+    hint = f"{f'.*(?:{pattern.pattern}).*'!r} would match " if parts else "the model has "
     return f"it is to match a whole name (re.fullmatch); {hint}{few or 'none'}"
 
 
@@ -86,6 +86,9 @@ def configs_by_name(config: Any, names: list[str]) -> Callable[[str], tuple[Hype
         return lambda name: (config, "")
     if not isinstance(config, Mapping) or not all(v is None or isinstance(v, HyperConfig) for v in config.values()):
         raise TypeError(f"config: got {type(config).__name__}, wanted a HyperConfig, or a dict of them by patterns")
+    for pattern in config:
+        if not isinstance(pattern, (str, re.Pattern)):
+            raise TypeError(f"config: got the key {pattern!r}, wanted a regular expression of names")
     try:
         patterns = {re.compile(pattern): own for pattern, own in config.items()}
     except re.error as error:

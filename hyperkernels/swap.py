@@ -16,6 +16,7 @@ from hyperkernels.nn.conv import HyperConv1d, HyperConv2d, HyperConv3d, HyperCon
 from hyperkernels.nn.layer import HyperLayer, weight_of
 from hyperkernels.nn.linear import HyperLinear
 from hyperkernels.nn.residual import HyperResidual
+from hyperkernels.nn.targets import Found, cut
 from hyperkernels.swap_report import Swap, SwappedLayer, SwapReport, tell_transformers
 
 Filter = Callable[[nn.Module, str], bool]
@@ -237,7 +238,10 @@ def _hyper_layers_like(layer: Any, config: HyperConfig, dry_run: bool) -> list[H
     """What is to stand for a dense layer, or be added to it; of a dry run on no device."""
     kind, weight = _hyper_kind(layer), layer.weight
     sizes = kind._sizes_of(layer)
-    chunk = None if config.chunk is None else tuple(map(min, config.chunk, weight_of(layer).shape))
+    chunk = None
+    if config.chunk is not None:
+        found = Found(tuple(weight_of(layer).shape), getattr(layer, "groups", 1), getattr(layer, "transposed", False))
+        chunk = cut("", found, config.chunk, config.width, "chunk", "row").chunk[:2]
     given: dict[str, Any] = {"width": config.width, "context_features": config.context_features}
     given["device"] = "meta" if dry_run else weight.device
     if config.mode == "fit":

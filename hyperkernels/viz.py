@@ -73,7 +73,7 @@ def filters(weight: GeneratedWeight, count: int = 64, context: int = 0, axis: An
 def _corner(weight: GeneratedWeight | FlatWeight, rows: int, cols: int, context: int) -> Tensor:
     """`W[context, :rows, :cols]`, from the chunks that hold it."""
     hidden = weight.hidden
-    if not 0 <= context < weight.contexts:
+    if not isinstance(context, int) or not 0 <= context < weight.contexts:
         raise ValueError(f"context: got {context!r}, wanted 0 to {weight.contexts - 1}")
     if isinstance(hidden, AdditiveHidden):
         hidden = AdditiveHidden(hidden.context[context : context + 1], hidden.chunks, hidden.activation)

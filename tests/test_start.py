@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hyperkernels as hk
+from hyperkernels.testing import peak_bytes
 from hyperkernels.weight import form
 
 
@@ -100,6 +101,7 @@ CONDITIONAL = {
     "chunks": {"chunk": (16, 16)},
     "wide": {"width": 128},
     "many_features": {"context_features": 64, "chunk": (16, 16)},
+    "wide_and_many": {"width": 256, "context_features": 128, "chunk": (16, 16)},
     "layer": {"heads": "layer"},
     "rows": {"strategy": "component"},
     "flat": {"layout": "flat", "chunk": 200},
@@ -184,3 +186,64 @@ def test_the_trunks_output_is_measured_by_what_it_sees():
         moments["data"].append(form(by_data(batch)["w"]).square().mean())
     for name, found in moments.items():
         assert 0.85 < torch.stack(found).mean() * 64 / 2 < 1.15, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_another_default_dtype_is_no_matter(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for settings in ({}, {"strategy": "multi_head"}, {"descriptors": True, "chunk": (4, 4)}):
+            for own in (dtype, torch.float32):
+                hk.HyperNet({"w": (16, 12)}, context_features=3, width=8, dtype=own, **settings)
+        hk.HyperLinear(16, 12, context_features=3, width=8, dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_start_of_many_targets_holds_no_moments_of_each_context():
+    net = hk.HyperNet({str(n): (128, 128) for n in range(40)}, context_features=16, width=64, chunk=(32, 32))
+    of_every_context = 40 * 128 * 2 * 64 * 64 * 4
+    assert peak_bytes(net.reset_parameters) < of_every_context / 4
+
+
+def test_a_net_without_memory_at_first_starts_as_any_other():
+    for settings in ({}, {"descriptors": True}):
+        net = hk.HyperNet({"w": (64, 64)}, context_features=3, width=8, chunk=(8, 8), device="meta", **settings)
+        net.to_empty(device="cpu")
+        with torch.no_grad():
+            for value in (*net.parameters(), *net.buffers()):
+                value.fill_(torch.nan)
+        net.reset_parameters()
+        variance = torch.cat([form(net(torch.randn(8, 3))["w"]).flatten()]).var()
+        assert 0.3 < variance * 64 / 2 < 3
+
+
+def test_the_start_is_measured_as_in_evaluation():
+    trunk = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.9))
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = trunk
+
+        def forward(self, embedding, z):
+            return self.inner(embedding)
+
+    net = hk.HyperNet({"w": (64, 64)}, width=8, chunk=(64, 64), trunk=Own())
+    assert trunk.training
+    assert trunk[1].num_batches_tracked == 0
+    assert 0.2 < form(net.eval()()["w"]).var() * 64 / 2 < 5
+
+
+@pytest.mark.parametrize("kind", [hk.HyperConv1d, hk.HyperConv2d, hk.HyperConvTranspose2d])
+def test_a_change_of_memory_format_leaves_heads_as_they_are(kind):
+    layer = kind(8, 8, 3, width=2, chunk=(4, 4))
+    x = torch.randn(2, 8, *[6] * (1 if kind is hk.HyperConv1d else 2))
+    before = layer(x)
+    layer.to(memory_format=torch.channels_last)
+    assert layer.head.is_contiguous()
+    torch.testing.assert_close(layer(x), before)
+    assert layer.double()(x.double()).dtype == layer.head.dtype == torch.float64
+    layer.reset_parameters()
+    assert not torch.allclose(layer(x.double()), before.double())

@@ -68,6 +68,7 @@ def test_chunks_similarity_and_principal_components(tmp_path):
     [
         (lambda w: viz.filters(w["weight"]), TypeError, "weight: got"),
         (lambda w: viz.filters(w["kernel"], 0), ValueError, "count"),
+        (lambda w: viz.filters(w["kernel"], context=0.5), ValueError, "context: got 0.5"),
         (lambda w: viz.filters(w["kernel"], context=2), ValueError, "context: got 2, wanted 0 to 1"),
         (lambda w: viz.chunks(w["weight"], context=5), ValueError, "context"),
         (lambda w: viz.similarity(w, names=["a"]), ValueError, "names: got 1, wanted one for each of 2"),

@@ -50,7 +50,7 @@ class Tasks(nn.Embedding):
 
     def examples(self) -> Tensor:
         """z of some of the tasks, by which a hypernetwork starts; what comes beside them is standard normal."""
-        z = self.weight[torch.randperm(len(self.weight), device=self.weight.device)[:CONTEXTS]]
+        z = self.weight[torch.randperm(len(self.weight), device=self.weight.device)[: 4 * CONTEXTS]]
         return torch.cat([z.new_empty(len(z), self.beside).normal_(), z], 1)
 
 
@@ -112,6 +112,10 @@ class Descriptors(nn.Module):
         super().__init__()
         check_sizes(features=features)
         self.layer = nn.Linear(2 * self.FREQUENCIES * 7, features, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embeddings of unit variance."""
         nn.init.normal_(self.layer.weight, std=(self.FREQUENCIES * 7) ** -0.5)
         nn.init.zeros_(self.layer.bias)
 

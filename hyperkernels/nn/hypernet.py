@@ -129,6 +129,7 @@ class HyperNet(nn.Module):
         found = find_targets(targets, filter_fn, biases)
         self._starts, self.targets = start_scales(found, init, nonlinearity), self._cut(found, chunk)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._owns_trunk = trunk is None
         if trunk is None:
             trunk = TrunkLayer(width, features, context_features=context_features, **factory)
         self.trunk, self.encoder = trunk, encoder
@@ -167,26 +168,36 @@ class HyperNet(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, context: Any = None) -> None:
-        """New embeddings and heads, such that each target starts with its variance; the trunk and the encoder stay.
+        """New embeddings and heads, such that each target starts with its variance; the net's own trunk too, but one
+        that was passed in, and the encoder, stay.
 
         Args:
-            context: what the hypernetwork will be called with, a few: by these the trunk's output is measured. By
-                default the `examples()` of the encoder, as tasks and noise have them, else standard normal z.
+            context: what the hypernetwork will be called with, a few: by these the trunk's output is measured, as in
+                evaluation. By default the `examples()` of the encoder, as `Tasks` has them, else standard normal z.
         """
+        if self._owns_trunk:
+            self.trunk.reset_parameters()  # type: ignore[operator]
+        if self.descriptors is not None:
+            self.descriptors.reset_parameters()
         if self.embedding is not None:
             nn.init.normal_(self.embedding)
         for bias in self.head_biases:
             bias.zero_()
         parts = list(self._chunks(self.targets).values())
-        found = seen(lambda z: self._hidden(self.targets, z), self._examples(context), parts)
+        modes = {module: module.training for module in self.modules()}
+        try:
+            self.eval()
+            found = seen(lambda z: self._hidden(self.targets, z), self._examples(context), parts)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         start_heads_(list(self.heads), self.scales, list(self.head_of.values()), list(self._starts.values()), found)
 
-    def _examples(self, context: Any) -> list[Tensor | None]:
+    def _examples(self, context: Any) -> Tensor | None:
         examples: Any = getattr(self.encoder, "examples", None)
         if context is None and examples is None:
-            return normal_contexts(self.context_features, self.heads[0])
-        z = examples() if context is None else self._context(context)[0]
-        return [None] if z is None else list(z.split(1))
+            return normal_contexts(self.context_features, self.width, self.heads[0])
+        return examples() if context is None else self._context(context)[0]
 
     def _context(self, context: Any) -> tuple[Tensor | None, Tensor | None]:
         """z and the ids that came with it, of what the hypernetwork is called with."""

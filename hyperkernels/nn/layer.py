@@ -71,6 +71,15 @@ class HyperLayer(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs, **factory)) if bias is True else None
         self.reset_parameters()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """The head, of more dimensions than an image's kernel, has no part in a change of memory format."""
+        shape = self.head.shape
+
+        def own(value: Tensor) -> Tensor:
+            return fn(value.flatten()).view(shape) if value.shape == shape and value.dim() > 3 else fn(value)
+
+        return super()._apply(own, recurse)
+
     @property
     def chunk(self) -> tuple[int, int]:
         return self.grid.rows, self.grid.cols
@@ -84,11 +93,12 @@ class HyperLayer(nn.Module):
         """A new trunk (the layer's own; one that was passed in stays), and heads and bias as a dense layer's vary."""
         if self._owns_hypernet:
             self.hypernet.reset_parameters()  # type: ignore[operator]
-        found = seen(self.hypernet, normal_contexts(self.context_features, self.head))
+        found = seen(self.hypernet, normal_contexts(self.context_features, self.width, self.head))
         for head in (self.head, self.bias_head):
             if head is not None:
-                (variance,) = draw_head_(head.flatten(1), found)
-                head.mul_((3 * self.fan_in * variance).rsqrt().to(head.dtype))
+                drawn = torch.empty_like(head, memory_format=torch.contiguous_format)
+                (variance,) = draw_head_(drawn.view(len(head), -1), found)
+                head.copy_(drawn * (3 * self.fan_in * variance).rsqrt())
         if self.bias is not None:
             bound = self.fan_in**-0.5
             self.bias.uniform_(-bound, bound)

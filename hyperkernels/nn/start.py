@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from hyperkernels.nn.targets import Found
 
 LEAST_VARIANCE = 1e-4  # of what is to start at zero: a scale of zero would keep it there
 LEAST_MOMENT = 1e-6  # of hidden
-CONTEXTS = 64  # over which hidden is measured
+CONTEXTS = 64  # over which hidden is measured, at least
+AT_ONCE, IN_ALL = 1 << 22, 1 << 27  # numbers of hidden that are measured; of more than CONTEXTS contexts
 
 
 def start_scales(found: Mapping[str, Found], init: str, nonlinearity: str) -> dict[str, float]:
@@ -39,60 +40,79 @@ def start_scales(found: Mapping[str, Found], init: str, nonlinearity: str) -> di
     return scales
 
 
-def normal_contexts(features: int | None, like: Tensor) -> list[Tensor | None]:
-    """A few standard normal z `[1, features]`; of a static hypernetwork, none of them once."""
+def normal_contexts(features: int | None, width: int, like: Tensor) -> Tensor | None:
+    """Standard normal z `[*, features]`, enough of them to show all of hidden's directions; none of a static
+    hypernetwork."""
     if features is None:
-        return [None]
-    return list(torch.randn(CONTEXTS, 1, features, dtype=like.dtype, device=like.device))
+        return None
+    return torch.randn(max(CONTEXTS, 2 * width), features, dtype=like.dtype, device=like.device)
 
 
 class Seen(NamedTuple):
-    """What a few contexts showed of a target's chunks: hidden's second moments `[m, m]`, and those of its mean over the
-    chunks, weighed by how many more than one there are."""
+    """What some contexts showed of a target's chunks: hidden's second moment `[m, m]`, and that of its mean over the
+    chunks, weighed by how many more than one there are; None of one chunk."""
 
-    all: Tensor
-    common: Tensor
+    moment: Tensor
+    common: Tensor | None
 
 
 @torch.no_grad()
 def seen(
     hypernet: Callable[[Tensor | None], Tensor | AdditiveHidden],
-    contexts: Iterable[Tensor | None],
+    contexts: Tensor | None,
     parts: Sequence[slice] = (slice(None),),
 ) -> list[Seen]:
-    """Of each part of the chunks, in their order, which are a target's: exact for a static hypernetwork."""
-    found: list[list[Seen]] = [[] for _ in parts]
-    for z in contexts:
+    """Of each part of the chunks, in their order, which are a target's. A first context shows how many there are, and
+    so how many contexts are measured at once and in all."""
+    moments: list[Any] = [0.0] * len(parts)
+    means: list[list[Tensor]] = [[] for _ in parts]
+    sizes, begin, some, count = [0] * len(parts), 0, 1, 1 if contexts is None else len(contexts)
+    while begin < count:
+        z = None if contexts is None else contexts[begin : begin + some]
         hidden = hypernet(z)
         dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
-        rows = dense.float().flatten(0, -2)
-        for part, own in zip(parts, found):
-            h = rows[part]
-            mean = h.mean(0)
-            own.append(Seen(h.mT @ h / len(h), (len(h) - 1) * torch.outer(mean, mean)))
-    return [Seen(*(torch.stack(moments).mean(0) for moments in zip(*own))) for own in found]
+        rows = dense.float().reshape(1 if z is None else len(z), -1, dense.shape[-1])
+        for n, part in enumerate(parts):
+            own = rows[:, part]
+            flat, sizes[n] = own.flatten(0, 1), own.shape[1]
+            moments[n] = moments[n] + flat.mT @ flat
+            means[n].append(own.mean(1))
+        numbers = max(1, rows[0].numel())
+        begin, some, count = begin + len(rows), max(1, AT_ONCE // numbers), min(count, max(CONTEXTS, IN_ALL // numbers))
+    found = []
+    for moment, size, own in zip(moments, sizes, means):
+        mean = torch.cat(own)
+        common = (size - 1) / len(mean) * mean.mT @ mean if size > 1 else None
+        found.append(Seen(moment / (size * len(mean)), common))
+    return found
 
 
-def _apart(own: Sequence[Seen]) -> Tensor:
-    """`(I + common / v)^-1` `[m, m]`, v hidden's second moment: to draw a head by.
+def _apart(own: Sequence[Seen]) -> Tensor | None:
+    """`(I + common / v)^-1` `[m, m]`, v hidden's second moment: to draw a head by. None where that is I.
 
     What all chunks of a context have in common repeats one block all over the weight. Such a weight meets inputs that
     repeat alike, as outputs of such a layer do, with a gain that grows by the number of blocks, though each weight
     varies as it should: after a few layers activations explode. So the head is drawn smaller where hidden has much in
-    common.
+    common. (Contexts then differ less: what they have of their own is partly in there.)
     """
-    variance = torch.stack([target.all.trace() for target in own]).mean() / len(own[0].all)
-    common = torch.stack([target.common for target in own]).mean(0)
-    return torch.linalg.inv(torch.eye(len(common)).to(common) + common / variance.clamp_min(LEAST_MOMENT))
+    repeated = [target.common for target in own if target.common is not None]
+    if not repeated:
+        return None
+    variance = torch.stack([target.moment.trace() for target in own]).mean() / len(own[0].moment)
+    common = torch.stack(repeated).sum(0) / len(own) / variance.clamp_min(LEAST_MOMENT)
+    return torch.linalg.inv(torch.eye(len(common)).to(common) + common)
 
 
 @torch.no_grad()
 def draw_head_(head: Tensor, own: Sequence[Seen], fixed: bool = True) -> list[Tensor]:
     """A head `[*, m, numbers]` for the targets that read it, and how each then varies. Chunks with a head each have
     nothing in common, and where targets are not fixed others will have something else."""
-    apart = _apart(own) if fixed and head.dim() == 2 else torch.eye(head.shape[-2], device=head.device)
+    apart = _apart(own) if fixed and head.dim() == 2 else None
+    if apart is None:
+        head.normal_()
+        return [target.moment.trace().clamp_min(LEAST_MOMENT) for target in own]
     head.copy_(apart @ torch.randn_like(head, dtype=torch.float32))
-    return [(apart @ target.all @ apart).trace().clamp_min(LEAST_MOMENT) for target in own]
+    return [(apart @ target.moment @ apart).trace().clamp_min(LEAST_MOMENT) for target in own]
 
 
 @torch.no_grad()
