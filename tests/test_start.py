@@ -247,3 +247,16 @@ def test_a_change_of_memory_format_leaves_heads_as_they_are(kind):
     assert layer.double()(x.double()).dtype == layer.head.dtype == torch.float64
     layer.reset_parameters()
     assert not torch.allclose(layer(x.double()), before.double())
+
+
+def test_a_trunk_that_does_not_look_at_its_context_starts_as_well():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, embedding, z):
+            return self.layer(embedding)
+
+    net = hk.HyperNet({"w": (60, 50)}, context_features=3, width=8, chunk=(10, 10), trunk=Own())
+    assert 0.2 < form(net(torch.randn(1, 3))["w"]).var() * 50 / 2 < 5

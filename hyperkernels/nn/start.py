@@ -66,19 +66,20 @@ def seen(
     so how many contexts are measured at once and in all."""
     moments: list[Any] = [0.0] * len(parts)
     means: list[list[Tensor]] = [[] for _ in parts]
-    sizes, begin, some, count = [0] * len(parts), 0, 1, 1 if contexts is None else len(contexts)
+    sizes, chunks, begin, some, count = [0] * len(parts), 0, 0, 1, 1 if contexts is None else len(contexts)
     while begin < count:
         z = None if contexts is None else contexts[begin : begin + some]
         hidden = hypernet(z)
         dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
-        rows = dense.float().reshape(1 if z is None else len(z), -1, dense.shape[-1])
+        chunks = chunks or dense[..., 0].numel()
+        rows = dense.float().reshape(-1, chunks, dense.shape[-1])  # one context's, of a trunk that does not look at z
         for n, part in enumerate(parts):
             own = rows[:, part]
             flat, sizes[n] = own.flatten(0, 1), own.shape[1]
             moments[n] = moments[n] + flat.mT @ flat
             means[n].append(own.mean(1))
         numbers = max(1, rows[0].numel())
-        begin, some, count = begin + len(rows), max(1, AT_ONCE // numbers), min(count, max(CONTEXTS, IN_ALL // numbers))
+        begin, some, count = begin + some, max(1, AT_ONCE // numbers), min(count, max(CONTEXTS, IN_ALL // numbers))
     found = []
     for moment, size, own in zip(moments, sizes, means):
         mean = torch.cat(own)
