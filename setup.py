@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).parent / "csrc"
 NOTE = "cpu_missing.txt"  # why the engine is not there
 COMMON = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall"
+ALIGNED = "-falign-loops=64"  # an innermost loop that straddles a line of instructions more is up to 6 % slower
 AVX2 = "-mavx2 -mfma"
 AVX512 = f"{AVX2} -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512"
 SIMD = {  # flags, bytes in a vector, rows of a tile whose sums fill the registers, pairs of bf16
@@ -36,7 +37,7 @@ def objects() -> dict[str, tuple[Path, str]]:
     plain = [CSRC / "bindings.cpp", *(path for path in (CSRC / "cpu").glob("*.cpp") if path.stem != "kernels")]
     found = {path.stem: (path, "") for path in sorted(plain)}
     for name, (flags, vector_bytes, rows, pairs) in SIMD.get(platform.machine(), OTHERS).items():
-        defines = f"-DHK_ISA={name} -DHK_VECTOR_BYTES={vector_bytes} -DHK_TILE_ROWS={rows} -DHK_PAIRS={pairs}"
+        defines = f"{ALIGNED} -DHK_ISA={name} -DHK_VECTOR_BYTES={vector_bytes} -DHK_TILE_ROWS={rows} -DHK_PAIRS={pairs}"
         found[f"kernels_{name}"] = (CSRC / "cpu" / "kernels.cpp", f"{flags} {defines}")
     return found
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperkernels.at_once import few_rows
 from hyperkernels.backends import choose_backend, reference
-from hyperkernels.chunking import Grid, to_chunks
+from hyperkernels.chunking import Grid
 from hyperkernels.derivatives import Settings, partials
 from hyperkernels.form import canonical_form, check_head_bias, check_tensors, grid_of_weight, shaped
 from hyperkernels.hidden import AdditiveHidden
@@ -157,11 +157,11 @@ def _add_head_bias(y: Tensor, x: Tensor, head_bias: Tensor, grid: Grid) -> Tenso
     if head_bias.dim() == 3:
         ones = x.new_ones(grid.I, grid.J, 1)
         return y + hyper_linear(x, ones, head_bias[:, None], out_features=grid.out_features)
-    whole = grid.in_features // grid.cols * grid.cols
-    summed = to_chunks(x[..., :whole], grid.cols).sum(-2)
-    if whole < grid.in_features:
-        summed = summed + F.pad(x[..., whole:], (0, whole + grid.cols - grid.in_features))
-    term = summed @ head_bias.T
+    whole, rest = divmod(grid.in_features, grid.cols)
+    summed = (x[..., : whole * grid.cols] if rest else x).unflatten(-1, (whole, grid.cols)).sum(-2)
+    if rest:
+        summed = summed + F.pad(x[..., whole * grid.cols :], (0, grid.cols - rest))
+    term = F.linear(summed, head_bias)
     if grid.out_features % grid.rows == 0:
-        return (y.unflatten(-1, (grid.I, grid.rows)) + term[..., None, :]).flatten(-2)
+        return add_to_new(y.unflatten(-1, (grid.I, grid.rows)), term[..., None, :]).flatten(-2)
     return y + term.repeat(1, 1, grid.I)[..., : grid.out_features]

@@ -79,6 +79,7 @@ void multiply(const Kernels& kernels, const Operand& rows, const Operand& lanes,
     const char *row_panels = rows.data, *lane_panel = lanes.data;
     for (int64_t d = 0; d < depth; d += block_depth(kernels)) {
         int64_t some = std::min(block_depth(kernels), depth - d), steps = ceil_div(some, kernels.depth);
+        int64_t step_bytes = steps * kernels.packed_bytes;  // of a panel, per row or lane
         for (int64_t p = 0; p < lane_cut.count; ++p) {
             int64_t start = lane_cut.start(p), width = lane_cut.start(p + 1) - start;
             int64_t vectors = width / kernels.lanes, there = std::min(width, lane_cut.n - start);
@@ -105,12 +106,12 @@ void multiply(const Kernels& kernels, const Operand& rows, const Operand& lanes,
                     tile(steps, row_strip, lane_strip, spill, spill_row, spill_vector, false);
                     put(spill, height, there, width, out, row_offset + row, lane_offset + start, accumulate);
                 }
-                row_panel += panel_bytes(kernels, height, some);
+                row_panel += height * step_bytes;
                 row += height;
             }
-            lane_panel += panel_bytes(kernels, width, some);
+            lane_panel += width * step_bytes;
         }
-        row_panels += panel_bytes(kernels, row_cut.n, some);
+        row_panels += row_cut.n * step_bytes;
         accumulate = true;
     }
 }

@@ -15,15 +15,16 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // How one side of a product is cut: into panels of nearly equal width, of rows or of whole vectors, for tall tiles or
 // not.
 struct Cut {
-    int64_t n, unit, count;
+    int64_t n, unit, count, units, wider;  // panels: how many, of `units` each, and how many of them of one more
 
-    Cut(const Kernels& kernels, int64_t n, bool lanes, bool tall = false)
-        : n(n),
-          unit(lanes ? kernels.lanes : 1),
-          count(ceil_div(ceil_div(n, unit), lanes ? (tall ? 1 : kernels.vectors)
-                                                  : kernels.rows * (tall ? kernels.vectors : 1))) {}
-    int64_t padded() const { return ceil_div(n, unit) * unit; }
-    int64_t start(int64_t panel) const { return ceil_div(n, unit) * panel / count * unit; }
+    Cut(const Kernels& kernels, int64_t n, bool lanes, bool tall = false) : n(n), unit(lanes ? kernels.lanes : 1) {
+        int64_t all = ceil_div(n, unit), rows = kernels.rows * (tall ? kernels.vectors : 1);
+        count = std::max<int64_t>(1, ceil_div(all, !lanes ? rows : tall ? 1 : kernels.vectors));
+        units = all / count;
+        wider = all % count;
+    }
+    int64_t padded() const { return start(count); }
+    int64_t start(int64_t panel) const { return (units * panel + std::min(panel, wider)) * unit; }
 };
 
 // The blocks of the depth, in numbers.

@@ -127,14 +127,22 @@ void Step::run(const Arguments& arguments) const {
         }
         return mine;
     };
-    // Where rows are all that comes out, and many, threads take block after block as they come free.
+    // Where rows are all that comes out, and many, threads take block after block as they come free: of their own share,
+    // whose rows lie near them as torch divides tensors, then of the others'.
     bool many = rows.count >= 8 * threads_ * shape_.block[T];
     bool taken = split_ == T && has(formed_, T) && products_.size() == 2 && has(labels(products_[1].out), T) && many;
-    std::atomic<int64_t> next{0};
+    int64_t row_blocks = ceil_div(rows.count, shape_.block[T]);
+    std::vector<std::atomic<int64_t>> next(threads_);
+    for (int n = 0; n < threads_; ++n) next[n] = share(row_blocks, n, threads_).begin;
     auto run_share = [&](Worker& worker, int thread) {
         if (!taken) return worker.run(share_of(thread)[0], share_of(thread)[1]);
-        for (int64_t row; (row = next.fetch_add(shape_.block[T])) < rows.count;)
-            worker.run({row, std::min(row + shape_.block[T], rows.count)}, {0, block_count_});
+        for (int n = 0; n < threads_; ++n) {
+            int whose = (thread + n) % threads_;
+            for (int64_t block; (block = next[whose].fetch_add(1)) < share(row_blocks, whose, threads_).end;) {
+                int64_t row = block * shape_.block[T];
+                worker.run({row, std::min(row + shape_.block[T], rows.count)}, {0, block_count_});
+            }
+        }
     };
     std::vector<Worker> workers;
     for (int thread = 0; thread < threads_; ++thread) workers.emplace_back(*this, arguments, outputs, workspace, thread);
