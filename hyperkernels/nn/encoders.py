@@ -94,8 +94,8 @@ class Noise(nn.Module):
 
 
 class Descriptors(nn.Module):
-    """`embedding[c] = A f(c)`, of the layer of a chunk, where in it the chunk lies, and of what size it is: computed,
-    so that one hypernetwork serves targets of any depth and width.
+    """`embedding[c] = A f(c)`, of the layer of a chunk, where in it the chunk lies, by place and by a step that no two
+    share, and of what size it is: computed, so that one hypernetwork serves targets of any depth and width.
 
     Args:
         features: size of an embedding.
@@ -105,18 +105,22 @@ class Descriptors(nn.Module):
     """
 
     FREQUENCIES = 4
+    STEPS = 5**0.5 / 2 - 0.5, 2**0.5 - 1  # irrational, of rows and columns
 
     def __init__(
         self, features: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         check_sizes(features=features)
-        self.layer = nn.Linear(2 * self.FREQUENCIES * 7, features, device=device, dtype=dtype)
+        self.layer = nn.Linear(2 * self.FREQUENCIES * 8, features, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings of unit variance."""
-        nn.init.normal_(self.layer.weight, std=(self.FREQUENCIES * 7) ** -0.5)
+        """Embeddings of unit variance, half of it of the step, by which the chunks of a row or column differ most: what
+        they have in common would repeat all along it."""
+        one = 2 * self.FREQUENCIES
+        nn.init.normal_(self.layer.weight, std=(7 * one) ** -0.5)
+        nn.init.normal_(self.layer.weight[:, -one:], std=one**-0.5)
         nn.init.zeros_(self.layer.bias)
 
     def forward(self, targets: Iterable[Target]) -> Tensor:
@@ -128,6 +132,7 @@ class Descriptors(nn.Module):
             place = [number / 8, number / len(targets)]
             i, j = torch.meshgrid(torch.arange(grid.I) / grid.I, torch.arange(grid.J) / grid.J, indexing="ij")
             fixed = torch.tensor(place + sizes).expand(grid.I * grid.J, -1)
-            rows.append(torch.cat([fixed, i.reshape(-1, 1), j.reshape(-1, 1)], 1))
+            step = self.STEPS[0] * grid.I * i + self.STEPS[1] * grid.J * j
+            rows.append(torch.cat([fixed, *(v.reshape(-1, 1) for v in (i, j, step))], 1))
         told = torch.cat(rows).to(weight)[..., None] * math.pi * 2.0 ** torch.arange(self.FREQUENCIES).to(weight)
         return self.layer(torch.cat([told.sin(), told.cos()], -1).flatten(1))

@@ -15,7 +15,7 @@ from hyperkernels.form import autocast_enabled
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import current_context, find_context
 from hyperkernels.nn.encoders import Descriptors
-from hyperkernels.nn.start import normal_contexts, seen, start_heads_, start_scales
+from hyperkernels.nn.start import moments, normal_contexts, start_heads_, start_scales
 from hyperkernels.nn.targets import Chunk, Found, Target, check_choices, check_settings, cut, find_targets, share_heads
 from hyperkernels.nn.trunk import TrunkLayer, check_sizes
 from hyperkernels.weight import AbsentWeight, GeneratedWeight
@@ -59,8 +59,8 @@ class HyperNet(nn.Module):
         init, nonlinearity: at first the weights vary as Chang et al. would have them, by "fan_in" or "fan_out", for
             "relu" or "linear", whatever the head that they share and whatever the trunk makes for each: `scale_l`,
             measured at the start (`reset_parameters`) and kept as the buffer `scales`, sees to it. A head that
-            chunks share starts small along what all chunks of a context have in common (not with descriptors): that
-            would repeat all over a weight, and activations grow by it from layer to layer, right as each variance is.
+            chunks share starts small along what the chunks of a row or column have in common: that would repeat all
+            over a weight, and activations grow by it from layer to layer, right as each variance is.
         device, dtype: of the parameters.
 
     Call:
@@ -183,11 +183,14 @@ class HyperNet(nn.Module):
             nn.init.normal_(self.embedding)
         for bias in self.head_biases:
             bias.zero_()
-        parts = list(self._chunks(self.targets).values())
+        parts = [
+            (own, own.stop - own.start if self.flat else target.grid.J)
+            for own, target in zip(self._chunks(self.targets).values(), self.targets.values())
+        ]
         modes = {module: module.training for module in self.modules()}
         try:
             self.eval()
-            found = seen(lambda z: self._hidden(self.targets, z), self._examples(context), parts)
+            found = moments(lambda z: self._hidden(self.targets, z), self._examples(context), parts)
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -17,7 +17,7 @@ from hyperkernels.form import autocast_enabled
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import find_context
-from hyperkernels.nn.start import draw_head_, normal_contexts, seen
+from hyperkernels.nn.start import draw_head_, moments, normal_contexts
 from hyperkernels.nn.trunk import FreeTrunk, Trunk, check_sizes
 from hyperkernels.weight import GeneratedWeight
 
@@ -93,7 +93,8 @@ class HyperLayer(nn.Module):
         """A new trunk (the layer's own; one that was passed in stays), and heads and bias as a dense layer's vary."""
         if self._owns_hypernet:
             self.hypernet.reset_parameters()  # type: ignore[operator]
-        found = seen(self.hypernet, normal_contexts(self.context_features, self.width, self.head))
+        contexts = normal_contexts(self.context_features, self.width, self.head)
+        found = moments(self.hypernet, contexts, [(slice(None), self.grid.J + (self.bias_head is not None))])
         for head in (self.head, self.bias_head):
             if head is not None:
                 drawn = torch.empty_like(head, memory_format=torch.contiguous_format)

@@ -12,6 +12,7 @@ from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.targets import Found
 
 LEAST_VARIANCE = 1e-4  # of what is to start at zero: a scale of zero would keep it there
+STRICT = 16  # with what repeats: it adds a 64th to a layer's gain, where half of hidden's directions have none of it
 LEAST_MOMENT = 1e-6  # of hidden
 CONTEXTS = 64  # over which hidden is measured, at least
 AT_ONCE, IN_ALL = 1 << 22, 1 << 27  # numbers of hidden that are measured; of more than CONTEXTS contexts
@@ -48,84 +49,92 @@ def normal_contexts(features: int | None, width: int, like: Tensor) -> Tensor | 
     return torch.randn(max(CONTEXTS, 2 * width), features, dtype=like.dtype, device=like.device)
 
 
-class Seen(NamedTuple):
-    """What some contexts showed of a target's chunks: hidden's second moment `[m, m]`, and that of its mean over the
-    chunks, weighed by how many more than one there are; None of one chunk."""
+class Moments(NamedTuple):
+    """Of a target's chunks, over some contexts: hidden's second moment `[m, m]`, and that of pairs of chunks in a row,
+    times a row's length, and in a column, times a column's; and the largest that chance would show there."""
 
-    moment: Tensor
-    common: Tensor | None
+    hidden: Tensor
+    repeated: Tensor
+    chance: float
 
 
 @torch.no_grad()
-def seen(
+def moments(
     hypernet: Callable[[Tensor | None], Tensor | AdditiveHidden],
     contexts: Tensor | None,
-    parts: Sequence[slice] = (slice(None),),
-) -> list[Seen]:
-    """Of each part of the chunks, in their order, which are a target's. A first context shows how many there are, and
-    so how many contexts are measured at once and in all."""
-    moments: list[Any] = [0.0] * len(parts)
-    means: list[list[Tensor]] = [[] for _ in parts]
-    sizes, chunks, begin, some, count = [0] * len(parts), 0, 0, 1, 1 if contexts is None else len(contexts)
+    targets: Sequence[tuple[slice, int]],
+) -> list[Moments]:
+    """Of each target: which of the chunks are its, row by row, and how many a row has. A first context shows how many
+    there are in all, and so how many contexts are measured at once and in all."""
+    sums: list[list[Any]] = [[0.0, 0.0, 0.0] for _ in targets]  # of squares: of hidden, of rows and columns of it
+    sizes = [(0, 0)] * len(targets)
+    seen, chunks, begin, some, count = 0, 0, 0, 1, 1 if contexts is None else len(contexts)
     while begin < count:
         z = None if contexts is None else contexts[begin : begin + some]
         hidden = hypernet(z)
         dense = hidden.materialize() if isinstance(hidden, AdditiveHidden) else hidden
         chunks = chunks or dense[..., 0].numel()
-        rows = dense.float().reshape(-1, chunks, dense.shape[-1])  # one context's, of a trunk that does not look at z
-        for n, part in enumerate(parts):
-            own = rows[:, part]
-            flat, sizes[n] = own.flatten(0, 1), own.shape[1]
-            moments[n] = moments[n] + flat.mT @ flat
-            means[n].append(own.mean(1))
-        numbers = max(1, rows[0].numel())
+        every = dense.float().reshape(-1, chunks, dense.shape[-1])  # one context's, of a trunk that does not look at z
+        for n, (part, columns) in enumerate(targets):
+            grid = every[:, part].unflatten(1, (-1, columns))
+            sizes[n] = grid.shape[1], columns
+            for k, values in enumerate((grid, grid.sum(2), grid.sum(1))):
+                flat = values.reshape(-1, values.shape[-1])
+                sums[n][k] = sums[n][k] + flat.mT @ flat
+        seen += len(every)
+        numbers = max(1, every[0].numel())
         begin, some, count = begin + some, max(1, AT_ONCE // numbers), min(count, max(CONTEXTS, IN_ALL // numbers))
-    found = []
-    for moment, size, own in zip(moments, sizes, means):
-        mean = torch.cat(own)
-        common = (size - 1) / len(mean) * mean.mT @ mean if size > 1 else None
-        found.append(Seen(moment / (size * len(mean)), common))
-    return found
+    return [_moments(*own, I, J, seen) for own, (I, J) in zip(sums, sizes)]
 
 
-def _apart(own: Sequence[Seen]) -> Tensor | None:
-    """`(I + common / v)^-1` `[m, m]`, v hidden's second moment: to draw a head by. None where that is I.
+def _moments(squares: Tensor, of_rows: Tensor, of_columns: Tensor, I: int, J: int, seen: int) -> Moments:
+    hidden = squares / (I * J * seen)
+    repeated, chance = torch.zeros_like(hidden), 0.0
+    for summed, length, lines in ((of_rows, J, I * seen), (of_columns, I, J * seen)):
+        if length > 1:  # a sum's square is those of its chunks, and twice each pair
+            repeated += (summed / lines - length * hidden) / (length - 1)
+            chance += 4 * len(hidden) / lines
+    return Moments(hidden, repeated, chance**0.5)
 
-    What all chunks of a context have in common repeats one block all over the weight. Such a weight meets inputs that
-    repeat alike, as outputs of such a layer do, with a gain that grows by the number of blocks, though each weight
-    varies as it should: after a few layers activations explode. So the head is drawn smaller where hidden has much in
-    common. (Contexts then differ less: what they have of their own is partly in there.)
+
+def _apart(own: Sequence[Moments]) -> Tensor:
+    """`(I + STRICT R / v)^-1` `[m, m]`, to draw a head by: R what is `repeated` beyond chance, and v hidden's second
+    moment.
+
+    What the chunks of a row or column have in common, by their context or by their place, repeats one block along it.
+    Outputs then are alike, or meet inputs that are alike with a gain that grows by the number of blocks, though each
+    weight varies as it should: after a few layers activations explode. So the head is drawn smaller where hidden has
+    much in common. (Contexts then differ less: what they have of their own is partly in there.)
     """
-    repeated = [target.common for target in own if target.common is not None]
-    if not repeated:
-        return None
-    variance = torch.stack([target.moment.trace() for target in own]).mean() / len(own[0].moment)
-    common = torch.stack(repeated).sum(0) / len(own) / variance.clamp_min(LEAST_MOMENT)
-    return torch.linalg.inv(torch.eye(len(common)).to(common) + common)
+    variance = torch.stack([target.hidden.trace() for target in own]).mean() / len(own[0].hidden)
+    repeated = torch.stack([target.repeated for target in own]).mean(0) / variance.clamp_min(LEAST_MOMENT)
+    chance = sum(target.chance for target in own) / len(own)
+    values, vectors = torch.linalg.eigh(repeated)
+    return vectors / (1 + STRICT * (values - chance).clamp_min(0)) @ vectors.mT
 
 
 @torch.no_grad()
-def draw_head_(head: Tensor, own: Sequence[Seen], fixed: bool = True) -> list[Tensor]:
+def draw_head_(head: Tensor, own: Sequence[Moments]) -> list[Tensor]:
     """A head `[*, m, numbers]` for the targets that read it, and how each then varies. Chunks with a head each have
-    nothing in common, and where targets are not fixed others will have something else."""
-    apart = _apart(own) if fixed and head.dim() == 2 else None
-    if apart is None:
+    nothing in common."""
+    if head.dim() > 2:
         head.normal_()
-        return [target.moment.trace().clamp_min(LEAST_MOMENT) for target in own]
+        return [target.hidden.trace().clamp_min(LEAST_MOMENT) for target in own]
+    apart = _apart(own)
     head.copy_(apart @ torch.randn_like(head, dtype=torch.float32))
-    return [(apart @ target.moment @ apart).trace().clamp_min(LEAST_MOMENT) for target in own]
+    return [(apart @ target.hidden @ apart).trace().clamp_min(LEAST_MOMENT) for target in own]
 
 
 @torch.no_grad()
 def start_heads_(
-    heads: Sequence[Tensor], scales: Tensor | None, head_of: Sequence[int], starts: Sequence[float], found: list[Seen]
+    heads: Sequence[Tensor], scales: Tensor | None, head_of: Sequence[int], starts: Sequence[float], found: list[Moments]
 ) -> None:
     """Heads `[*, m, numbers]`, such that target l, which reads head `head_of[l]`, varies by `starts[l]` squared where
     its hidden is as `found[l]`: what its head's targets have in common the head has, the rest `scales[l]`, where there
     are scales."""
     for n, head in enumerate(heads):
         own = [target for target, other in enumerate(head_of) if other == n]
-        variances = torch.stack(draw_head_(head, [found[target] for target in own], scales is not None))
+        variances = torch.stack(draw_head_(head, [found[target] for target in own]))
         wanted = [starts[target] for target in own]
         common = wanted[0] if len(set(wanted)) == 1 and scales is not None else 1.0
         head.mul_((common * variances.mean().rsqrt()).to(head.dtype))
