@@ -49,11 +49,17 @@ def constants() -> dict[str, float]:
 SHIPPED = constants()
 
 
-def apply(values: dict[str, float]) -> None:
+def check(values: dict[str, float]) -> dict[str, float]:
     """Raises ValueError for what are not positive numbers by the names of `CONSTANTS`."""
     good = all(isinstance(v, (int, float)) and v > 0 for v in values.values())
     if set(values) != set(CONSTANTS) or not good:
         raise ValueError(f"constants: got {values}, wanted positive numbers for {', '.join(CONSTANTS)}")
+    return values
+
+
+def apply(values: dict[str, float]) -> None:
+    """Of the calls from now on. Raises what `check` does."""
+    check(values)
     native_cpu.VECTORS_PER_US = values["vectors_per_us"]
     native_cpu.CALL_US, native_cpu.FEW_CALL_US = values["call_us"], values["few_call_us"]
     torch_blocks.MACHINES["cpu"] = torch_blocks.MACHINES["cpu"]._replace(**{name: values[name] for name in TORCH})
@@ -63,21 +69,38 @@ def state() -> str:
     """Which constants the cost model has, in words."""
     if constants() != SHIPPED:
         return f"fitted, in {path()}"
-    return f"not fitted to this machine: {path() or 'no file'} has nothing for it; see `hyperkernels bench --calibrate`"
+    try:
+        saved = _saved()
+    except ValueError as error:
+        return f"not fitted to this machine: {error}"
+    again = "run `hyperkernels bench --calibrate`"
+    there = "has constants that were not loaded" if saved else "has nothing for it"
+    return f"not fitted to this machine: {path() or 'no file'} {there}; {again}"
+
+
+def _saved() -> dict[str, float] | None:
+    """What was saved for this machine. Raises ValueError for a file that cannot be read."""
+    file = path()
+    if file is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        here = found["format"] == FORMAT and found["machine"] == machine_key()
+        return check(found["constants"]) if here else None
+    except (FileNotFoundError, PermissionError):  # there is none, or none for this user
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: no calibration ({error}): delete it, or run `hyperkernels bench --calibrate`"
+        ) from None
 
 
 def load() -> None:
     """Apply what was saved for this machine; a file that cannot be read changes nothing, and is pointed out."""
-    file = path()
-    if file is None:
-        return
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
-        if found["format"] == FORMAT and found["machine"] == machine_key():
-            apply(found["constants"])
-    except (FileNotFoundError, PermissionError):  # there is none, or none for this user
-        return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(
-            f"{file}: no calibration ({error}): delete it, or run `hyperkernels bench --calibrate`", stacklevel=2
-        )
+        saved = _saved()
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)
+    else:
+        if saved:
+            apply(saved)

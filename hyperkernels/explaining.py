@@ -39,7 +39,8 @@ class Weighed(NamedTuple):
     def cells(self) -> tuple[str, ...]:
         """For people."""
         sizes = si(self.flops), si(self.bytes_moved), f"{self.workspace_bytes / 2**20:.1f} MiB"
-        return self.output if self.picked else "", self.order, *sizes, f"{self.time_us:.0f} us", self.why
+        time = f"{self.time_us:.0f} us" if self.time_us < 1e4 else f"{self.time_us / 1e3:.3g} ms"
+        return self.output if self.picked else "", self.order, *sizes, time, self.why
 
 
 COLUMNS = ("output", "order", "FLOPs", "bytes", "workspace", "estimate", "why")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -18,10 +19,10 @@ def wide_console() -> Console:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> None:
     """Numbers stand at the right; in a narrow terminal a long cell goes on in the next line."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, *cells in zip(columns, *rows):
         number = all(cell[:1].isdigit() for cell in cells)
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row, strong in zip(rows, bold or [False] * len(rows)):
         table.add_row(*row, style="bold" if strong else None)
     wide_console().print(table)

@@ -84,6 +84,7 @@ def test_a_damaged_file_changes_nothing_and_is_pointed_out(text, kept):
     with pytest.warns(UserWarning, match="no calibration"):
         calibration.load()
     assert calibration.constants() == before
+    assert "no calibration" in calibration.state()
 
 
 def test_constants_that_are_no_positive_numbers_are_refused(kept):

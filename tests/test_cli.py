@@ -11,10 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,8 +24,9 @@ from hyperkernels import cli
 pytest.importorskip("rich", reason="the command line draws its tables with rich")
 pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
 pytest.importorskip("pydantic", reason="results are read with pydantic")
-from hyperkernels.bench import case, command, contexts, files, growth, linear, measure, plots, results, run, suites
-from hyperkernels.testing import peak_bytes
+from rich.console import Console
+
+from hyperkernels.bench import command, files, linear, plots, results, suites
 
 CEILINGS = {"gflop_per_s": 100.0, "gb_per_s": 20.0}
 TINY = ("--quick", "--shape", "64x64", "--rounds", "2")
@@ -37,40 +37,6 @@ def _ceilings():
     """Measured for real in one test alone: it takes seconds."""
     with patch.object(command, "ceilings", lambda *_: CEILINGS):
         yield
-
-
-def test_the_ceilings_are_the_machines():
-    found = measure.ceilings()
-    assert found.keys() == {"gflop_per_s", "gb_per_s", "fma_gflop_per_s"}
-    assert min(found.values()) > 0
-    assert measure.peak_gflop_per_s(found) == max(found["gflop_per_s"], found["fma_gflop_per_s"])
-
-
-def test_the_ceilings_are_those_of_the_dtype(monkeypatch):
-    products = []
-
-    def clock(call, device="cpu"):
-        if (result := call()).dim() == 2:
-            products.append(result.dtype)
-        return Mock(seconds=lambda: 1.0)
-
-    monkeypatch.setattr(measure, "Clock", clock)
-    of_fp64, of_bf16 = measure.ceilings("cpu", torch.float64), measure.ceilings("cpu", torch.bfloat16)
-    assert 1.3 < of_bf16["fma_gflop_per_s"] / of_fp64["fma_gflop_per_s"] < 3, "half as many in fp64"
-    assert products == [torch.float64, torch.bfloat16]
-
-
-def test_a_slow_call_is_called_once_each_time(monkeypatch):
-    monkeypatch.setattr(measure, "SLOW_S", 0.0)
-    calls = []
-    clock = measure.Clock(lambda: calls.append(1))
-    made = len(calls)
-    assert clock.seconds() > 0
-    assert len(calls) == made + 1
-
-
-def test_quantiles_lie_between_what_was_measured():
-    assert measure.Quantiles.of([1e-3, 2e-3]) == pytest.approx((1.2, 1.5, 1.8))
 
 
 @pytest.fixture(scope="module")
@@ -118,83 +84,6 @@ def test_every_suite_runs(tmp_path, monkeypatch):
             assert judged == row["errors"].keys() >= {"hyperkernels"}
             assert all(saved["right"] for saved in row["errors"].values())
             assert {line.times_faster for line in results.lines(row) if line.contestant in row["parts"]} <= {None}
-
-
-def test_a_baseline_that_raises_while_it_is_timed_costs_the_others_nothing():
-    whole, calls = linear.linear((32, 32), (4, 8), 4, B=2), iter(range(10**6))
-
-    def tires():
-        if next(calls) > 40:
-            raise RuntimeError("out of memory")
-
-    whole.contestants["tires"] = tires
-    (row,) = run.run([("linear", lambda: whole)], 3, CEILINGS)
-    assert row["failed"] is None
-    assert row["missing"]["tires"] == "out of memory"
-    assert row["times"].keys() == whole.contestants.keys() - {"tires"} == row["peak_mib"].keys()
-
-
-def test_ours_that_raises_while_it_is_timed_keeps_its_errors():
-    whole, calls = linear.linear((32, 32), (4, 8), 4, B=2), iter(range(10**6))
-    ours = whole.contestants["hyperkernels"]
-
-    def tires():
-        if next(calls) > 0:
-            raise RuntimeError("out of memory")
-        return ours()
-
-    whole.contestants["hyperkernels"] = tires
-    (row,) = run.run([("linear", lambda: whole)], 3, CEILINGS)
-    assert row["failed"] == "out of memory"
-    assert row["errors"]["hyperkernels"]["right"]
-
-
-def test_ours_must_give_every_result():
-    whole = linear.linear((32, 32), (4, 8), 4, B=2, train=True)
-    ours = whole.contestants["hyperkernels"]
-    whole.contestants["hyperkernels"] = lambda: {name: v for name, v in ours().items() if name != "dhead"}
-    (row,) = run.run([("linear", lambda: whole)], 1, CEILINGS)
-    assert row["failed"] == "hyperkernels gives no dhead"
-
-
-def test_a_wrong_baseline_has_no_factor():
-    whole = linear.linear((32, 32), (4, 8), 4, B=2)
-    whole.contestants["einsum"] = lambda: {"y": torch.zeros(2, 32)}
-    (row,) = run.run([("linear", lambda: whole)], 1, CEILINGS)
-    factors = {line.contestant: line.times_faster for line in results.lines(row)}
-    assert factors["einsum"] is None
-    assert factors["dense"] > 0
-
-
-@pytest.mark.parametrize("shape", [(37, 41), (16, 48)], ids=str)
-@pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
-def test_layers_of_any_shape_are_cut_as_the_planner_would(shape, train):
-    whole = linear.linear(shape, (4, 16), 4, B=3, train=train, more=True)
-    (row,) = run.run([("linear", lambda: whole)], 1, CEILINGS)
-    assert row["failed"] is None
-    assert all(saved["right"] for saved in row["errors"].values())
-    assert {"dense", "materialise", "einsum", "hyperkernels"} <= row["errors"].keys()
-
-
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_memory_is_checked_of_the_engine_that_promises_it(backend, tmp_path):
-    case = contexts.contexts(16, N=256, K=256, rows=2, cols=32, ours=linear.Ours(backend=backend))
-    (row,) = run.run([("contexts", lambda: case)], 1, CEILINGS)
-    assert row["failed"] is None
-
-
-def test_gradients_are_memory_of_the_step_that_made_them():
-    step = growth.layer(1e6).contestants
-    for _ in range(2):  # in the second, a profile knows what the first left behind
-        assert peak_bytes(step["dense"]) > 4e6 > peak_bytes(step["hyperkernels"])
-
-
-def test_a_layer_too_large_for_its_weights_is_judged_by_some_of_them(monkeypatch):
-    monkeypatch.setattr(growth, "free_bytes", lambda _device: 1000)
-    (row,) = run.run([("scaling", lambda: growth.layer(1e4))], 1, CEILINGS)
-    assert row["failed"] is None
-    assert row["errors"]["hyperkernels"]["right"]
-    assert row["missing"].keys() == {"dense", "materialise"}
 
 
 def test_suites_without_a_case_for_the_settings_are_said(tmp_path, capsys):
@@ -275,27 +164,6 @@ def test_whatever_a_case_raises_the_others_are_measured(raised, wanted, tmp_path
     assert not any(row["failed"] for row in others)
 
 
-def test_a_check_that_says_nothing_is_a_failed_row_too(tmp_path):
-    def nothing():
-        raise AssertionError
-
-    checked = replace(linear.linear((32, 32), (4, 8), 4, B=2), check=nothing)
-    (row,) = run.run([("linear", lambda: checked)], 1, CEILINGS)
-    assert row["failed"] == "the case's own check failed"
-
-
-def test_a_baseline_that_raises_is_missing_and_the_others_are_measured():
-    def absent():
-        raise RuntimeError("no compiler\nand a long story")
-
-    whole = linear.linear((32, 32), (4, 8), 4, B=2)
-    whole.contestants["materialise-compiled"] = absent
-    (row,) = run.run([("linear", lambda: whole)], 1, CEILINGS)
-    assert row["failed"] is None
-    assert row["missing"]["materialise-compiled"] == "no compiler"
-    assert row["times"].keys() == whole.contestants.keys() - {"materialise-compiled"}
-
-
 def test_a_wrong_result_is_a_failed_row_however_fast(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hk, "hyper_linear", lambda x, hidden, head, **_: x.new_zeros(len(x), 64))
     path = tmp_path / "wrong.json"
@@ -373,6 +241,46 @@ def test_a_base_is_compared_factor_by_factor(measured, tmp_path, capsys):
     assert "base: what it said" in told
 
 
+def test_a_base_of_other_cases_or_of_another_machine_is_said_to_be(measured, tmp_path, capsys):
+    before = json.loads(measured.read_text())
+    before["machine"]["device"] = "an abacus"
+    base = tmp_path / "base.json"
+    base.write_text(json.dumps(before))
+    given = ["bench", "decode", *TINY, "--json", str(tmp_path / "now.json"), "--base", str(base)]
+    assert cli.main(given) == 0
+    assert "--base: it was measured on another machine, an abacus" in capsys.readouterr().err
+    before["rows"] = [row for row in before["rows"] if row["suite"] != "decode"]
+    base.write_text(json.dumps(before))
+    assert cli.main(given) == 0
+    assert "--base: it has none of these cases" in capsys.readouterr().err
+
+
+def test_a_suite_that_is_named_twice_runs_once(tmp_path):
+    path = tmp_path / "x.json"
+    assert cli.main(["bench", "decode", "decode", *TINY, "--json", str(path)]) == 0
+    assert len(results.load(path)["rows"]) == 1
+
+
+def test_a_narrow_terminal_shows_every_digit(measured, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = Console(markup=False, highlight=False, width=80)
+    monkeypatch.setattr(command, "wide_console", lambda: narrow)
+    command.print_rows(results.load(measured))
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    assert "…" not in told
+    for row in results.load(measured)["rows"]:
+        assert all(f"{times['p50_ms']:.3g}" in told for times in row["times"].values())
+
+
+def test_results_without_a_row_are_no_report(measured, tmp_path, capsys):
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps(json.loads(measured.read_text()) | {"rows": []}))
+    assert cli.main(["report", str(path), "--output", str(tmp_path / "page.html")]) == 2
+    assert "it has no rows" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A repository whose `bench` saves what lies beside it, at a commit of today's format and one of another."""
@@ -418,12 +326,6 @@ def test_a_base_without_git_asks_for_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command.shutil, "which", lambda _name: None)
     assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "x.json"), "--base", "HEAD"]) == 2
     assert "needs git" in capsys.readouterr().err
-
-
-def test_ours_is_faster_or_slower():
-    assert results.faster(2.0) == "2.00x faster"
-    assert results.faster(0.5) == "2.00x slower"
-    assert results.faster(None) == ""
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_good_one(measured, tmp_path, monkeypatch):
@@ -495,6 +397,7 @@ def test_the_star_lies_where_the_factor_passes_1(measured):
     (axis,) = [axis for axis in plots.figures(found)["speedup"].axes if axis.get_visible()]
     (star,) = [line for line in axis.lines if line.get_marker() == "*"]
     assert list(star.get_xdata()) == pytest.approx([64.0])  # between 16 and 256, in logarithms
+    assert "where it passes 1" in [text.get_text() for text in axis.get_legend().get_texts()]
 
 
 def test_the_crossover_lies_between_the_batches_where_the_factor_passes_1():
@@ -556,6 +459,7 @@ def test_env_explain_and_advise_speak_to_people_and_programs(capsys):
         (["bench", "--rounds", "0"], "--rounds: got '0', wanted a positive integer"),
         (["bench", "scaling", "--shape", "64x64"], "no case for these settings"),
         (["bench", "--calibrate", "--quick"], "--calibrate: got --quick beside it"),
+        (["bench", "linear", "--threads", "9999"], "--threads: got 9999, wanted at most the"),
         (["explain", "64x64", "--chunk", "0x3"], "wanted RxC"),
         (["bench", "linear", "--device", "cuda"], "torch sees no CUDA device"),
         (["bench", "linear", "--backend", "triton"], "triton cannot do this here"),
@@ -621,14 +525,3 @@ def test_it_runs_as_a_module():
         [sys.executable, "-m", "hyperkernels", "--version"], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == hk.__version__
-
-
-def test_a_case_is_judged_by_every_result_that_fp64_gives():
-    exact = {"y": torch.ones(4, dtype=torch.float64), "dx": torch.ones(4, dtype=torch.float64)}
-    right = {name: v.float() for name, v in exact.items()}
-    contestants = {"materialise": lambda: right, "hyperkernels": lambda: right | {"dx": right["dx"] * 1.01}}
-    verdicts, raised = case.judge(case.Case("", contestants, lambda: exact))
-    assert not raised
-    assert verdicts["materialise"].right
-    assert not verdicts["hyperkernels"].right
-    assert verdicts["hyperkernels"].error.max == pytest.approx(0.01, rel=1e-4)

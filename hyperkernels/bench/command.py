@@ -23,13 +23,14 @@ from hyperkernels import calibration
 from hyperkernels.backends import BACKENDS
 from hyperkernels.bench import files
 from hyperkernels.bench import results as saved
-from hyperkernels.bench.case import NotHere
+from hyperkernels.bench.case import OURS, NotHere
 from hyperkernels.bench.linear import Ours
 from hyperkernels.bench.measure import ceilings, machine
 from hyperkernels.bench.run import run
 from hyperkernels.bench.suites import DTYPES, SUITES, Wanted, cases
 from hyperkernels.call import Call
 from hyperkernels.chunking import Grid
+from hyperkernels.machine import cpus
 from hyperkernels.tables import wide_console
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ SLOWER = 0.8  # of the base's factor over a baseline: less is pointed out
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    chosen = arguments.suites or list(SUITES)
+    chosen = list(dict.fromkeys(arguments.suites or SUITES))
     unknown = [name for name in chosen if name not in SUITES]
     if unknown:
         raise ValueError(f"suite: got {unknown[0]!r}, wanted one of {', '.join(SUITES)}")
@@ -47,6 +48,8 @@ def bench(arguments: argparse.Namespace) -> int:
     ours = Ours(arguments.order, arguments.backend)
     _check_backend(arguments, ours)
     if arguments.threads:
+        if arguments.threads > cpus():
+            raise ValueError(f"--threads: got {arguments.threads}, wanted at most the {cpus()} CPUs that are here")
         torch.set_num_threads(arguments.threads)
         calibration.apply(calibration.SHIPPED)
         calibration.load()  # what is for as many threads
@@ -89,6 +92,8 @@ def bench(arguments: argparse.Namespace) -> int:
         _save(arguments, found)
     if found["rows"]:
         print_rows(found, base)
+        if base and (why := _unlike(base, found)):
+            print(f"\n--base: {why}", file=sys.stderr)
     print(f"\nresults: {arguments.json}" if _measured(found) else "nothing was measured, and nothing is saved")
     return int(not found["complete"] or not _measured(found) or any(row["failed"] for row in found["rows"]))
 
@@ -159,6 +164,15 @@ def _base(arguments: argparse.Namespace) -> saved.Results:
             subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=False, capture_output=True)
 
 
+def _unlike(base: saved.Results, found: saved.Results) -> str:
+    """Why the base's factors say little, or nothing, of these."""
+    cases = [{(row["suite"], row["case"]) for row in results["rows"]} for results in (base, found)]
+    if not cases[0] & cases[1]:
+        return "it has none of these cases: there is nothing to compare"
+    devices = [results["machine"]["device"] for results in (base, found)]
+    return "" if devices[0] == devices[1] else f"it was measured on another machine, {devices[0]}"
+
+
 def _without(given: list[str], *options: str) -> list[str]:
     kept, skip = [], False
     for word in given:
@@ -176,7 +190,11 @@ def print_rows(found: saved.Results, base: saved.Results | None = None) -> None:
     console = wide_console()
     console.print(saved.told(found["machine"]))
     for row in found["rows"]:
-        console.print(_table(row, base))
+        console.print(_table(row, base) if row["times"] else f"{row['suite']}: {row['case']}", style="")
+        for name, why in row["missing"].items():
+            console.print(f"{name} is not here: {why}", style="italic")
+        if unsteady := saved.unsteady(row):
+            console.print(unsteady, style="italic")
         if row["failed"]:
             console.print(f"FAILED: {row['failed']}", style="bold")
     terms = saved.TERMS | ({"base": "what it said of ours against the same baseline"} if base else {})
@@ -186,13 +204,14 @@ def print_rows(found: saved.Results, base: saved.Results | None = None) -> None:
 def _table(row: saved.Row, base: saved.Results | None) -> Table:
     table = Table(title=f"{row['suite']}: {row['case']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for n, name in enumerate((*saved.COLUMNS, "base") if base else saved.COLUMNS):
-        table.add_column(name, justify="left" if n == 0 else "right", no_wrap=True)
+        words = {"": len(OURS), "ours is": len("faster"), "base": len("faster")}.get(
+            name
+        )  # what may break, not numbers
+        side = "left" if n == 0 else "right"
+        table.add_column(name, justify=side, no_wrap=words is None, overflow="fold", min_width=words)
     for line in saved.lines(row):
         before = [_against(base, row, line)] if base else []
         table.add_row(*line.cells, *before, style="bold" if line.ours else None)
-    if row["missing"]:
-        table.caption = "\n".join(f"{name} is not here: {why}" for name, why in row["missing"].items())
-        table.caption_justify = "left"
     return table
 
 

@@ -20,6 +20,7 @@ from hyperkernels.machine import cpu_info
 
 WARM_S = 0.01
 LEAST_S = 1e-3  # of a measurement: shorter calls are repeated within it
+LARGE_S = 0.01  # of a product that is large enough for a ceiling
 SLOW_S = 0.1  # a call that takes this long is its own warm-up
 CACHE_BYTES = 256 << 20  # written between calls on a CUDA device, more than its second-level cache
 
@@ -131,7 +132,9 @@ def _beyond_the_cache() -> Tensor:
 def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """The best of ten large matrix products in `dtype`, and of ten large copies; on a CPU also the multiplications and
     additions of all threads whose operands never leave their registers: in fp32, and for fp64 half as many."""
-    size = 8192 if device == "cuda" else 2048
+    size, largest = 256, 8192 if device == "cuda" else 2048
+    while size < largest and _product_s(size, device, dtype) < LARGE_S:  # on a CPU fp16 takes a thousand times as long
+        size *= 2
     a = torch.randn(size, size, device=device, dtype=dtype)
     source = torch.randn(64 << 20, device=device)
     target = torch.empty_like(source)
@@ -144,6 +147,11 @@ def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[st
             together = [sum(pool.map(lambda _: spin(), range(threads))) for _ in range(5)]
         found["fma_gflop_per_s"] = max(together) / 1e9 / (2 if dtype == torch.float64 else 1)
     return found
+
+
+def _product_s(size: int, device: str, dtype: torch.dtype) -> float:
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return timed(lambda: a @ a, device)
 
 
 def peak_gflop_per_s(ceilings: dict[str, float]) -> float:

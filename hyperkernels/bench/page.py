@@ -14,7 +14,7 @@ from hyperkernels.bench.plots import figures
 from hyperkernels.bench.suites import SUITES
 
 CAPTIONS = {
-    "speedup": "How many times faster ours is, against the rows in a batch; a star where it passes 1.",
+    "speedup": "How many times faster ours is, against the rows in a batch.",
     "roofline": "Each row under the machine's roof.",
     "memory": "What a call holds at once, against how many weights its contexts have.",
     "scaling": "A training step against how many weights the layer has.",
@@ -35,6 +35,8 @@ figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #444; }
 
 def write_page(path: Path, output: Path) -> Path:
     results = saved.load(path)
+    if not results["rows"]:
+        raise saved.ResultsError(f"{path}: it has no rows: nothing was measured")
     files.write(output, page(results).encode())
     return output
 
@@ -66,14 +68,16 @@ def page(results: saved.Results) -> str:
 
 
 def _table(row: saved.Row) -> str:
-    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in saved.COLUMNS) + "</tr>"]
+    head = ["<tr>" + "".join(f"<th>{name}</th>" for name in saved.COLUMNS) + "</tr>"]
+    lines = head if row["times"] else []
     for line in saved.lines(row):
         kind = "wrong" if line.verdict == "wrong" else "ours" if line.ours else ""
         lines.append(f'<tr class="{kind}">' + "".join(f"<td>{_text(cell)}</td>" for cell in line.cells) + "</tr>")
     for name, why in row["missing"].items():
         lines.append(f'<tr class="missing"><td>{_text(name)}</td><td colspan="8">not here: {_text(why)}</td></tr>')
     failed = f"<p class=failed>Failed: {_text(row['failed'])}</p>" if row["failed"] else ""
-    return f'<h3>{_text(row["case"])}</h3>{failed}<div class="wide"><table>{"".join(lines)}</table></div>'
+    unsteady = f"<p>{_text(saved.unsteady(row))}.</p>" if saved.unsteady(row) else ""
+    return f'<h3>{_text(row["case"])}</h3>{failed}{unsteady}<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _terms(terms: dict[str, str]) -> str:

@@ -66,6 +66,9 @@ def plot(path: Path, folder: Path, wanted: str) -> list[Path]:
     return written
 
 
+PASSES = "where it passes 1"
+
+
 def crossover(points: Sequence[tuple[float, Any]]) -> float | None:
     """Where the factor, between two measured batch sizes, passes 1: on the line between them, in logarithms."""
     for (x0, y0), (x1, y1) in pairwise(points):
@@ -117,14 +120,15 @@ def _speedup(results: saved.Results) -> Any:
     figure, axes = canvas(len(groups))
     for axis, ((_, what, N, K), rows) in zip(axes, groups.items()):
         rows.sort(key=lambda row: _along(row, "B"))
+        first = True
         for name in dict.fromkeys(name for row in rows for name in row["times"] if saved.ratio(row, name)):
             points = [(_along(row, "B"), saved.ratio(row, name)) for row in rows if saved.ratio(row, name)]
             axis.plot(*zip(*points), **_style(name))
             where = crossover(points)
             if where is not None:
-                axis.plot(
-                    [where], [1], marker="*", markersize=13, color="#D55E00", markeredgecolor="black", linestyle=""
-                )
+                star: Any = {"color": "#D55E00", "markeredgecolor": "black", "linestyle": "", "label": PASSES * first}
+                axis.plot([where], [1], marker="*", markersize=13, **star)
+                first = False
                 axis.annotate(f"B = {where:.0f}", (where, 1), textcoords="offset points", xytext=(6, 6), fontsize=8)
         axis.axhline(1, color="0.3", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="rows in the batch", ylabel="times faster than")

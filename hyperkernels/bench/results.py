@@ -44,6 +44,7 @@ RATES = {
     "fma_gflop_per_s": "multiplications in registers {:.0f} GFLOP/s",
     "gb_per_s": "a large copy {:.0f} GB/s",
 }
+UNSTEADY = 1.5  # times p20 is p80 where something else took part of the machine
 COLUMNS = ("", "p20 ms", "p50 ms", "p80 ms", "ours is", "roof", "max err", "RMS err", "MiB")
 
 
@@ -151,6 +152,17 @@ def faster(factor: float | None) -> str:
     if factor is None:
         return ""
     return f"{factor:.2f}x faster" if factor >= 1 else f"{1 / factor:.2f}x slower"
+
+
+def unsteady(row: Row) -> str:
+    """In words, whose times were so far apart that something else must have run; nothing where they were not."""
+    names = [name for name, times in row["times"].items() if times["p80_ms"] > UNSTEADY * times["p20_ms"]]
+    if not names:
+        return ""
+    return (
+        f"unsteady: {', '.join(names)}: p80 is over {UNSTEADY} times p20. Is the machine busy? With "
+        "OMP_WAIT_POLICY=passive, threads that wait leave it to others"
+    )
 
 
 def save_csv(path: Path, results: Results) -> None:

@@ -84,10 +84,11 @@ def moments(
         seen += len(every)
         numbers = max(1, every[0].numel())
         begin, some, count = begin + some, max(1, AT_ONCE // numbers), min(count, max(CONTEXTS, IN_ALL // numbers))
-    return [_moments(*own, I, J, seen) for own, (I, J) in zip(sums, sizes)]
+    return [_moments(own, *size, seen) for own, size in zip(sums, sizes)]
 
 
-def _moments(squares: Tensor, of_rows: Tensor, of_columns: Tensor, I: int, J: int, seen: int) -> Moments:
+def _moments(sums: list[Tensor], I: int, J: int, seen: int) -> Moments:
+    squares, of_rows, of_columns = sums
     hidden = squares / (I * J * seen)
     repeated, chance = torch.zeros_like(hidden), 0.0
     for summed, length, lines in ((of_rows, J, I * seen), (of_columns, I, J * seen)):
@@ -127,7 +128,11 @@ def draw_head_(head: Tensor, own: Sequence[Moments]) -> list[Tensor]:
 
 @torch.no_grad()
 def start_heads_(
-    heads: Sequence[Tensor], scales: Tensor | None, head_of: Sequence[int], starts: Sequence[float], found: list[Moments]
+    heads: Sequence[Tensor],
+    scales: Tensor | None,
+    head_of: Sequence[int],
+    starts: Sequence[float],
+    found: list[Moments],
 ) -> None:
     """Heads `[*, m, numbers]`, such that target l, which reads head `head_of[l]`, varies by `starts[l]` squared where
     its hidden is as `found[l]`: what its head's targets have in common the head has, the rest `scales[l]`, where there
