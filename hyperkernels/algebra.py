@@ -126,7 +126,7 @@ def chunk_norms(a: AbsentWeight) -> Tensor:
     grid = matrix.cut
     if not isinstance(grid, Grid):
         raise ValueError(f"a: got {grid}, wanted chunks that are blocks of the weight")
-    I, J, hidden = grid.I, grid.J, matrices.formed(matrix.hidden)
+    I, J, hidden = grid.I, grid.J, matrix.formed()
     found = hidden.new_empty(len(hidden), I, J)
     for i, r in matrices.cropped_alike(I, grid.rows, grid.out_features):
         for j, q in matrices.cropped_alike(J, grid.cols, grid.in_features):
@@ -207,7 +207,7 @@ def _products(a: AbsentWeight) -> tuple[Callable[[Tensor], Tensor], Callable[[Te
     generator = torch.Generator().manual_seed(0)
     v = F.normalize(torch.randn(K, generator=generator, dtype=torch.float64), dim=0)
     v = v.to(matrix.head).expand(a.contexts, 1, K)
-    hidden, head, cut = matrices.formed(matrix.hidden), matrix.head, matrix.cut
+    hidden, head, cut = matrix.formed(), matrix.head, matrix.cut
     if isinstance(cut, Grid):
         turned = head.mT
         if head.dim() == 4:  # one for each chunk: they move with the chunks

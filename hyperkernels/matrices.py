@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from math import prod
 from typing import Any, NamedTuple
@@ -40,15 +40,20 @@ class Stretch(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A generated weight in fp32 at least, its scale and head_bias among its factors: hidden `[G, I, J, m]`, formed or
-    additive, head `[m, rows, cols]` or `[I*J, m, rows, cols]`, the positions of a kernel among its columns; and a key
+    """A generated weight in fp32 at least, its head_bias among its factors: hidden `[G, I, J, m]`, formed or additive,
+    head `[m, rows, cols]` or `[I*J, m, rows, cols]`, the positions of a kernel among its columns; its scale; and a key
     of what the head is made of. Of a stretch of a vector the chunks are a row, hidden `[G, 1, C, m]` and head `[m, 1,
     size]`."""
 
     hidden: Tensor | AdditiveHidden
     head: Tensor
+    scale: float | Tensor
     cut: Grid | Stretch
     key: tuple[int, ...]
+
+    def formed(self) -> Tensor:
+        """Hidden `[G, I, J, m]`, times the scale."""
+        return scaled(formed(self.hidden), self.scale)
 
     @classmethod
     def of(cls, weight: AbsentWeight, name: str = "weight") -> Matrix:
@@ -80,25 +85,26 @@ class Matrix(NamedTuple):
             bias = bias.expand(*head.shape[:width], *bias.shape[-2:]).unsqueeze(width)
             head, hidden = torch.cat([head, bias], width), formed(hidden)
             hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
-        return cls(hidden if is_one(weight.scale) else weight.scale * formed(hidden), head, cut, key)
+        return cls(hidden, head, weight.scale, cut, key)
 
 
 class Part(NamedTuple):
     """Chunks that are cropped alike: hidden `[G, C, m]` or additive `[G, C, 1, m]`, what is left of the head, `[m, n]`
-    or `[C, m, n]`, and a key that is equal where that is."""
+    or `[C, m, n]`, the scale, and a key that is equal where that is left."""
 
     hidden: Tensor | AdditiveHidden
     head: Tensor
+    scale: float | Tensor
     key: tuple[int, ...]
 
 
 def parts_of(matrix: Matrix) -> Iterator[Part]:
     """The whole chunks, the last row of chunks, the last column, and the corner, where they are cropped; of a stretch
     the first chunk, where it begins within one, the whole ones and the last."""
-    hidden, head, cut, of = matrix
+    hidden, head, scale, cut, of = matrix
     if isinstance(cut, Stretch):
         for first, last, begin, end in stretches(*cut):
-            yield Part(formed(hidden)[:, 0, first:last], head[:, 0, begin:end], (*of, begin, end))
+            yield Part(formed(hidden)[:, 0, first:last], head[:, 0, begin:end], scale, (*of, begin, end))
         return
     I, J = cut.I, cut.J
     for i, r in cropped_alike(I, cut.rows, cut.out_features):
@@ -110,7 +116,7 @@ def parts_of(matrix: Matrix) -> Iterator[Part]:
                 some: Any = hidden.with_chunks(chunks)
             else:
                 some = hidden[:, i, j].flatten(1, 2)
-            yield Part(some, own[..., :r, :q].flatten(-2), key)
+            yield Part(some, own[..., :r, :q].flatten(-2), scale, key)
 
 
 def formed(hidden: Tensor | AdditiveHidden) -> Tensor:
@@ -124,16 +130,25 @@ def centred(matrix: Matrix) -> Matrix:
     return matrix._replace(hidden=hidden - hidden.mean(0))
 
 
-def together(hiddens: list[Any]) -> Tensor:
-    """The hiddens of some parts side by side, `[G, C, m]`; of additive ones that have a context in common, formed at
-    once."""
-    first = hiddens[0]
+def scaled(hidden: Tensor, scale: float | Tensor) -> Tensor:
+    return hidden if is_one(scale) else scale * hidden
+
+
+def together(parts: Sequence[Part]) -> Tensor:
+    """The hiddens of some parts side by side, `[G, C, m]`, times their scales; of additive ones that have a context in
+    common, formed at once."""
+    hiddens: list[Any] = [part.hidden for part in parts]
+    first, scale = hiddens[0], parts[0].scale
+    if any(part.scale is not scale for part in parts):
+        like = parts[0].head
+        each = [torch.as_tensor(part.scale).to(like).expand(part.hidden.shape[1], 1) for part in parts]
+        scale = torch.cat(each)
     if all(isinstance(h, AdditiveHidden) for h in hiddens):
         alike = all(h.context is first.context and h.activation == first.activation for h in hiddens)
         if alike and len(hiddens) > 1:
             hiddens = [first.with_chunks(torch.cat([h.chunks for h in hiddens]))]
     found = [h.materialize()[:, :, 0] if isinstance(h, AdditiveHidden) else h for h in hiddens]
-    return torch.cat(found, 1) if len(found) > 1 else found[0]
+    return scaled(torch.cat(found, 1) if len(found) > 1 else found[0], scale)
 
 
 def cropped_alike(count: int, size: int, extent: int) -> list[tuple[slice, int]]:
@@ -152,7 +167,7 @@ def mixed(hidden: Tensor, grams: Tensor) -> Tensor:
 def pairs(a: Matrix, b: Matrix) -> Iterator[tuple[Tensor, Tensor]]:
     """`<W, W'>` is the sum over these of their products: `[G, C*m']` of a, and of b."""
     for left, right in zip(parts_of(a), parts_of(b)):
-        own, other = together([left.hidden]), together([right.hidden])
+        own, other = together([left]), together([right])
         yield mixed(own, left.head @ right.head.mT).flatten(1), other.flatten(1)
 
 
@@ -162,7 +177,7 @@ def sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
     for matrix in matrices:
         for part in parts_of(matrix):
             groups.setdefault(part.key, []).append(part)
-    found = [_squares(together([part.hidden for part in parts]), parts[0].head) for parts in groups.values()]
+    found = [_squares(together(parts), parts[0].head) for parts in groups.values()]
     return torch.stack(found).sum(0).clamp_min(0)
 
 
@@ -224,7 +239,7 @@ class Apart(torch.autograd.Function):
         torch.sub(head, other, out=both[..., m:, :])
         through = mixed(hidden, both @ both.mT)
         ctx.save_for_backward(own, others, head, other, hidden, both, through)
-        return torch.bmm(through.reshape(len(own), 1, -1), hidden.view(len(own), -1, 1)).view(-1)
+        return (through * hidden).sum((1, 2))
 
     @staticmethod
     @unrounded
@@ -261,7 +276,7 @@ def squared_distances(couples: Iterable[tuple[Matrix, Matrix]]) -> Tensor:
             groups.setdefault((*pair[0].key, *pair[1].key), []).append(pair)
     for alike in groups.values():
         lefts, rights = zip(*alike)
-        own, others = torch.broadcast_tensors(*(together([part.hidden for part in side]) for side in (lefts, rights)))
+        own, others = torch.broadcast_tensors(together(lefts), together(rights))
         distance = apart if transformed() else Apart.apply
         found.append(distance(own, others, lefts[0].head, rights[0].head))  # type: ignore[arg-type]
     return torch.stack(found).sum(0).clamp_min(0)
