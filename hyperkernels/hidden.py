@@ -106,7 +106,9 @@ class AdditiveHidden:
 
     def to(self, *args: Any, **kwargs: Any) -> AdditiveHidden:
         """As `torch.Tensor.to`, of both summands."""
-        return AdditiveHidden(self.context.to(*args, **kwargs), self.chunks.to(*args, **kwargs), self.activation)
+        context, chunks = self.context.to(*args, **kwargs), self.chunks.to(*args, **kwargs)
+        same = context is self.context and chunks is self.chunks
+        return self if same else AdditiveHidden(context, chunks, self.activation)
 
     def with_chunks(self, chunks: Tensor) -> AdditiveHidden:
         """The same contexts, with other chunks: some of these, or in another order."""
