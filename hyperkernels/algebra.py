@@ -22,6 +22,7 @@ from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight
 from hyperkernels.functional import hyper_linear
 from hyperkernels.matrices import Matrix, unrounded
+from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.weight import AbsentWeight, shape_of
 
 
@@ -125,7 +126,7 @@ def chunk_norms(a: AbsentWeight) -> Tensor:
     matrix = Matrix.of(a, "a")
     grid = matrix.cut
     if not isinstance(grid, Grid):
-        raise ValueError(f"a: got {grid}, wanted chunks that are blocks of the weight")
+        raise ValueError(f"a: got chunks of {grid}, wanted some that are blocks of the weight")
     I, J, hidden = grid.I, grid.J, matrix.formed()
     found = hidden.new_empty(len(hidden), I, J)
     for i, r in matrices.cropped_alike(I, grid.rows, grid.out_features):
@@ -184,8 +185,7 @@ def spectral_norm(a: AbsentWeight, iterations: int = 1000, tol: float = 1e-4) ->
 
     Source: the power iteration of Miyato et al. 2018 (spectral normalisation).
     """
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations: got {iterations!r}, wanted a positive integer")
+    check_sizes(iterations=iterations)
     if not tol >= 0:
         raise ValueError(f"tol: got {tol!r}, wanted 0 or more")
     along, back, v = _products(made(a))
@@ -278,7 +278,7 @@ def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWe
 
     Source: adaptive gradient clipping, Brock et al. 2021, with generated weights in the place of parameters.
     """
-    if not limit > 0:
+    if not isinstance(limit, (int, float)) or not limit > 0:
         raise ValueError(f"limit: got {limit!r}, wanted a positive number")
     most = limit * total_norm(weights).mean()
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -25,6 +25,9 @@ class Grid(NamedTuple):
     rows: int
     cols: int
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols} in {self.out_features}x{self.in_features}"
+
     @property
     def I(self) -> int:  # noqa: E743 - the symbol of the equations
         return ceil_div(self.out_features, self.rows)

@@ -38,6 +38,9 @@ class Stretch(NamedTuple):
     end: int
     size: int
 
+    def __str__(self) -> str:
+        return f"{self.size} in a flat vector, from {self.start} to {self.end}"
+
 
 class Matrix(NamedTuple):
     """A generated weight in fp32 at least, its head_bias among its factors: hidden `[G, I, J, m]`, formed or additive,

@@ -16,7 +16,7 @@ from hyperkernels.nn.conv import HyperConv1d, HyperConv2d, HyperConv3d, HyperCon
 from hyperkernels.nn.layer import HyperLayer, weight_of
 from hyperkernels.nn.linear import HyperLinear
 from hyperkernels.nn.residual import HyperResidual
-from hyperkernels.nn.targets import Found, cut
+from hyperkernels.nn.targets import Found, check_filter, cut
 from hyperkernels.swap_report import Swap, SwappedLayer, SwapReport, tell_transformers
 
 Filter = Callable[[nn.Module, str], bool]
@@ -57,7 +57,7 @@ def hyperize_(
         A report to print; `report.restore()` puts the layers back.
 
     Raises:
-        TypeError: model is no module, or config nothing of the kind above.
+        TypeError: model is no module, filter_fn no function, or config nothing of the kind above.
         ValueError: the config does not fit a layer, or a pattern matches none. Nothing has been swapped then.
 
     Example:
@@ -69,6 +69,7 @@ def hyperize_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    check_filter(filter_fn)
     report, built, configs = SwapReport([], _other_matrices(model), dry_run, model), {}, {}
     names = _names(model, lambda module: _hyper_kind(module) is not None or isinstance(module, tuple(HYPER)))
     config_of = configs_by_name(HyperConfig() if config is None else config, [found[0] for found in names.values()])

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hyperkernels.nn.trunk import check_sizes
+
 
 class Classes(NamedTuple):
     """Of an ensemble of classifiers: mean probabilities `[*, C]` and their variance over members; entropies in nats
@@ -29,6 +31,9 @@ class Values(NamedTuple):
 def members(x: Tensor, count: int) -> Tensor:
     """x `[*]` once for each member, `[count, *]`, not copied: with `count` contexts each entry meets its own weights.
 
+    Raises:
+        TypeError, ValueError: x is no tensor, or count no positive integer.
+
     Example:
         >>> import torch, hyperkernels as hk
         >>> net = hk.HyperNet({"weight": (3, 6)}, context_features=4, encoder=hk.nn.Noise(4))
@@ -36,8 +41,9 @@ def members(x: Tensor, count: int) -> Tensor:
         >>> hk.uncertainty.of_classes(logits).entropy.shape
         torch.Size([5])
     """
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count: got {count!r}, wanted a positive integer")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, wanted a tensor [*]")
+    check_sizes(count=count)
     return x.expand(count, *x.shape)
 
 

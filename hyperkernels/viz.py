@@ -4,6 +4,7 @@ matplotlib."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from hyperkernels.chunking import ceil_div
 from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight
 from hyperkernels.hidden import AdditiveHidden
+from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.weight import AbsentWeight, GeneratedWeight, form
 
 Weights = GeneratedWeight | Mapping[str, GeneratedWeight]
@@ -22,6 +24,8 @@ Weights = GeneratedWeight | Mapping[str, GeneratedWeight]
 def _axis(axis: Any) -> Any:
     """The one given, or that of a new figure."""
     if axis is not None:
+        if not hasattr(axis, "imshow"):
+            raise TypeError(f"axis: got {type(axis).__name__}, wanted a matplotlib axis")
         return axis
     try:
         from matplotlib.figure import Figure
@@ -32,7 +36,7 @@ def _axis(axis: Any) -> Any:
 
 def filters(weight: GeneratedWeight, count: int = 64, context: int = 0, axis: Any = None) -> Any:
     """The first `count` filters of a generated kernel `[out, in, H, W]`, in a grid; where there are three input
-    channels, in colour, else the first of them. Only their chunks are formed, or of a flat vector their rows.
+    channels, in colour, else the first of them. Only their chunks are formed, or of a flat vector their numbers.
 
     Args:
         weight: of a 2-d convolution, in blocks of its own or in chunks of a flat vector.
@@ -51,8 +55,7 @@ def filters(weight: GeneratedWeight, count: int = 64, context: int = 0, axis: An
     if not isinstance(weight, GeneratedWeight | FlatWeight) or weight.dim() != 4:
         got = list(weight.shape) if isinstance(weight, AbsentWeight) else type(weight).__name__
         raise TypeError(f"weight: got {got}, wanted a generated weight [out, in, H, W]")
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count: got {count!r}, wanted a positive integer")
+    check_sizes(count=count)
     N, K, height, width = weight.shape
     channels, count = 3 if K == 3 else 1, min(count, N)
     own = _corner(weight, count, channels, context)
@@ -73,15 +76,16 @@ def filters(weight: GeneratedWeight, count: int = 64, context: int = 0, axis: An
 def _corner(weight: GeneratedWeight | FlatWeight, rows: int, cols: int, context: int) -> Tensor:
     """`W[context, :rows, :cols]`, from the chunks that hold it."""
     hidden = weight.hidden
-    if not isinstance(context, int) or not 0 <= context < weight.contexts:
-        raise ValueError(f"context: got {context!r}, wanted 0 to {weight.contexts - 1}")
+    _check_context(context, weight.contexts)
     if isinstance(hidden, AdditiveHidden):
         hidden = AdditiveHidden(hidden.context[context : context + 1], hidden.chunks, hidden.activation)
     elif hidden.dim() == (3 if isinstance(weight, FlatWeight) else 4):
         hidden = hidden[context]
-    shape, settings = (rows, *weight.shape[1:]), {"head_bias": weight.settings["head_bias"], "scale": weight.scale}
+    settings = {"head_bias": weight.settings["head_bias"], "scale": weight.scale}
+    shape = (cols, *weight.shape[2:])
     if isinstance(weight, FlatWeight):
-        return form(FlatWeight(hidden, weight.head, shape, weight.start, **settings)).view(shape)[:, :cols]
+        starts = range(weight.start, weight.start + rows * prod(weight.shape[1:]), prod(weight.shape[1:]))
+        return torch.stack([form(FlatWeight(hidden, weight.head, shape, n, **settings)).view(shape) for n in starts])
     size_r, size_q = weight.head.shape[-4:-2]
     I, J = ceil_div(rows, size_r), ceil_div(cols, size_q)
 
@@ -97,8 +101,7 @@ def _corner(weight: GeneratedWeight | FlatWeight, rows: int, cols: int, context:
         hidden = AdditiveHidden(hidden.context, hidden.chunks[:I, :J], hidden.activation)
     else:
         hidden = hidden[:I, :J]
-    shape = (rows, cols, *weight.shape[2:])
-    return form(GeneratedWeight(hidden, head, shape, **settings))
+    return form(GeneratedWeight(hidden, head, (rows, *shape), **settings))
 
 
 def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:
@@ -107,8 +110,7 @@ def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:
     Arguments, result and errors as of `filters`, of a weight of any shape.
     """
     norms = algebra.chunk_norms(weight)
-    if not 0 <= context < len(norms):
-        raise ValueError(f"context: got {context!r}, wanted 0 to {len(norms) - 1}")
+    _check_context(context, len(norms))
     axis = _axis(axis)
     image = axis.imshow(norms[context].detach().float().cpu().numpy(), cmap="cividis", aspect="auto")
     axis.figure.colorbar(image, ax=axis, label="Frobenius norm")
@@ -117,11 +119,16 @@ def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:
 
 
 def _gram(weights: Weights, centred: bool = False) -> Tensor:
-    own = weights.values() if isinstance(weights, Mapping) else [weights]
+    own = weights if isinstance(weights, Mapping) else {"": weights}
     if not own:
         raise ValueError("weights: got none, wanted at least one")
     with torch.no_grad():
-        return torch.stack([algebra.gram(weight, centred=centred) for weight in own]).sum(0).double().cpu()
+        found = {name: algebra.gram(weight, centred=centred) for name, weight in own.items()}
+    first = next(iter(found.values()))
+    for name, gram in found.items():
+        if len(gram) != len(first):
+            raise ValueError(f"weights[{name!r}]: got {len(gram)} contexts, wanted {len(first)}, as the first has")
+    return torch.stack(list(found.values())).sum(0).double().cpu()
 
 
 def similarity(weights: Weights, names: Sequence[str] | None = None, axis: Any = None) -> Any:
@@ -167,6 +174,11 @@ def pca(weights: Weights, names: Sequence[str] | None = None, axis: Any = None) 
     axis.set(xlabel=labels[0], ylabel=labels[1], title="contexts by their weights")
     axis.grid(alpha=0.3)
     return axis
+
+
+def _check_context(context: int, count: int) -> None:
+    if not isinstance(context, int) or isinstance(context, bool) or not 0 <= context < count:
+        raise ValueError(f"context: got {context!r}, wanted 0 to {count - 1}")
 
 
 def _check_names(names: Sequence[str] | None, count: int) -> None:

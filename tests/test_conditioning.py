@@ -1,6 +1,7 @@
 """What a `HyperNet` is conditioned on, the trunks that make hidden of it, and targets that differ from call to call."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -25,15 +26,19 @@ class Attention(nn.Module):
 
 
 TRUNKS = {
-    "mlp": hk.nn.MLPTrunk((16, 8), 8, context_features=5, dropout=0.1),
-    "cnn": hk.nn.CNNTrunk(8, 8, context_features=5),
-    "rnn": hk.nn.RNNTrunk(8, 8, context_features=5),
-    "attention": hk.nn.AttentionTrunk(8, 8, context_features=5),
-    "the user's": Attention(8, 5),
+    "mlp": partial(hk.nn.MLPTrunk, (16, 8), 8, context_features=5, dropout=0.1),
+    "cnn": partial(hk.nn.CNNTrunk, 8, 8, context_features=5),
+    "rnn": partial(hk.nn.RNNTrunk, 8, 8, context_features=5),
+    "attention": partial(hk.nn.AttentionTrunk, 8, 8, context_features=5),
+    "the user's": partial(Attention, 8, 5),
 }
 
 
-@pytest.mark.parametrize("trunk", TRUNKS.values(), ids=TRUNKS)
+@pytest.fixture(params=TRUNKS.values(), ids=TRUNKS)
+def trunk(request):
+    return request.param()
+
+
 def test_any_module_is_a_trunk(trunk):
     """Each context's weights are the head's of what the trunk makes of it and the embeddings, beside no other."""
     shapes, z = {"a": (12, 10), "b": (6, 12)}, torch.randn(3, 5)
@@ -53,7 +58,6 @@ def test_any_module_is_a_trunk(trunk):
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-@pytest.mark.parametrize("trunk", TRUNKS.values(), ids=TRUNKS)
 def test_a_model_with_convolutions_learns_through_any_trunk(trunk):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 7))
     net = hk.HyperNet(model, context_features=5, width=8, chunk=(8, 8), trunk=trunk)

@@ -202,6 +202,7 @@ BAD = {
     "no targets": ({"targets": {}}, ValueError, "targets"),
     "no shape": ({"targets": {"a": (3, 0)}}, ValueError, "'a'"),
     "six dimensions": ({"targets": {"a": (2,) * 6}}, ValueError, "'a'"),
+    "a filter that is none": ({"filter_fn": "linear"}, TypeError, "filter_fn: got str, wanted a function"),
     "a filter without a module": ({"filter_fn": lambda _layer, _name: True}, ValueError, "filter_fn"),
     "a number": ({"targets": 3}, TypeError, "targets"),
     "heads": ({"heads": "each"}, ValueError, "heads"),

@@ -174,6 +174,8 @@ def test_nothing_changes_when_it_raises():
 
     with pytest.raises(KeyError):
         hk.hyperize_(model, filter_fn=failing)
+    with pytest.raises(TypeError, match="filter_fn: got str, wanted a function"):
+        hk.hyperize_(model, filter_fn="linear")
     assert list(model.modules()) == before
 
 

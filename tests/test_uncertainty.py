@@ -83,3 +83,10 @@ def test_what_is_no_floating_tensor_is_refused(given):
     for function in (of_classes, of_values):
         with pytest.raises(TypeError, match="wanted a floating tensor"):
             function(given)
+
+
+def test_members_are_of_a_tensor_and_as_many_as_a_number_says():
+    with pytest.raises(TypeError, match="x: got list, wanted a tensor"):
+        members([1.0], 3)
+    with pytest.raises(ValueError, match="count: got True"):
+        members(torch.randn(3), True)

@@ -44,6 +44,9 @@ def test_filters_form_their_own_chunks_alone():
     own = hk.GeneratedWeight(hidden, heads, (512, 512, 3, 3), head_bias=bias)
     assert peak_bytes(lambda: viz.filters(own, 16)) < 512 * 512 * 9 * 4 / 4
     torch.testing.assert_close(viz._corner(own, 20, 3, 2), form(own)[2, :20, :3])
+    flat = hk.FlatWeight(torch.randn(3, 4000, 2), torch.randn(2, 600), (512, 512, 3, 3), 50)
+    assert peak_bytes(lambda: viz.filters(flat, 16)) < 512 * 9 * 16 * 4 / 4, "less than the rows that hold them"
+    torch.testing.assert_close(viz._corner(flat, 20, 3, 2), form(flat)[2, :20, :3])
 
 
 def test_chunks_similarity_and_principal_components(tmp_path):
@@ -74,6 +77,19 @@ def test_chunks_similarity_and_principal_components(tmp_path):
         (lambda w: viz.similarity(w, names=["a"]), ValueError, "names: got 1, wanted one for each of 2"),
         (lambda w: viz.pca(make(None)()), ValueError, "two at least"),
         (lambda w: viz.similarity({}), ValueError, "weights: got none, wanted at least one"),
+        (lambda w: viz.filters(w["kernel"], True), ValueError, "count: got True"),
+        (lambda w: viz.filters(w["kernel"], axis=3), TypeError, "axis: got int, wanted a matplotlib axis"),
+        (lambda w: viz.chunks(w["weight"], context="a"), ValueError, "context: got 'a', wanted 0 to 1"),
+        (
+            lambda w: viz.similarity({"a": w["weight"], "b": make()(torch.randn(5, 3))["weight"]}),
+            ValueError,
+            r"weights\['b'\]: got 5 contexts, wanted 2",
+        ),
+        (
+            lambda _: viz.chunks(make(layout="flat", chunk=70)(torch.randn(2, 3))["weight"]),
+            ValueError,
+            "got chunks of 70 in a flat vector, from 30 to 630, wanted some that are blocks",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(run, error, match):

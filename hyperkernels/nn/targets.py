@@ -83,12 +83,18 @@ class Target(NamedTuple):
         return prod(self.shape)
 
 
+def check_filter(filter_fn: object) -> None:
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: got {type(filter_fn).__name__}, wanted a function of a layer and its name")
+
+
 def find_targets(
     targets: Mapping[str, Sequence[int]] | nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     biases: bool = False,
 ) -> dict[str, Found]:
     """What is to be generated, by name; a weight that several layers share once, by its first name."""
+    check_filter(filter_fn)
     known: dict[str, Found] = {}
     if isinstance(targets, nn.Module):
         found: dict[str, Any] = {}
