@@ -86,7 +86,7 @@ def test_equal_for_stretches_of_a_flat_vector(shape, start, form):
     torch.testing.assert_close(algebra.total_norm({"a": a, "b": b}), first(torch.cat([w, v], 1).norm(dim=1)))
     spectral = torch.linalg.matrix_norm(w.reshape(len(w), shape[0], -1), 2)
     torch.testing.assert_close(algebra.spectral_norm(a, tol=1e-9), first(spectral), rtol=1e-6, atol=0)
-    with pytest.raises(ValueError, match="a: got chunks of .* in a flat vector"):
+    with pytest.raises(ValueError, match=r"a: got chunks of .* in a flat vector"):
         algebra.chunk_norms(a)
 
 
