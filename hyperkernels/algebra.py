@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperkernels import matrices
 from hyperkernels.chunking import Grid
@@ -144,6 +144,8 @@ def squared_distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
 
     Of equal widths the difference is `sum_k (h_k - h'_k) (x) p_k + h'_k (x) (p_k - p'_k)`, a generated weight as well:
     weights that nearly agree lose no digits to each other. Arguments and errors as for `inner`.
+
+    Memory: hidden `[G, I*J, 2 m]`, and twice the head.
     """
     return _each(matrices.squared_distances([_check_pair(*_matrices(a, b))]))
 
@@ -186,7 +188,7 @@ def spectral_norm(a: AbsentWeight, iterations: int = 1000, tol: float = 1e-4) ->
     Source: the power iteration of Miyato et al. 2018 (spectral normalisation).
     """
     check_sizes(iterations=iterations)
-    if not tol >= 0:
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
         raise ValueError(f"tol: got {tol!r}, wanted 0 or more")
     along, back, v = _products(made(a))
     with torch.no_grad():
@@ -233,7 +235,7 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
         earlier: `{name: GeneratedWeight}` of the hypernetwork as it was, for the same tasks; a copy of it, without
             gradients, gives them.
 
-    Memory: as `gram`. No weight is formed, of either.
+    Memory: as `squared_distance`. No weight is formed, of either.
 
     Raises:
         TypeError, ValueError: the names differ, or as `inner`.
@@ -274,12 +276,16 @@ def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWe
         `||g||` before, 0 where there are no gradients.
 
     Raises:
-        ValueError: limit is not positive.
+        TypeError, ValueError: parameters is a tensor or module, limit not positive, or as `total_norm`.
 
     Source: adaptive gradient clipping, Brock et al. 2021, with generated weights in the place of parameters.
     """
-    if not isinstance(limit, (int, float)) or not limit > 0:
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
         raise ValueError(f"limit: got {limit!r}, wanted a positive number")
+    if isinstance(parameters, (Tensor, nn.Module)) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"parameters: got {type(parameters).__name__}, wanted several, as module.parameters() gives them"
+        )
     most = limit * total_norm(weights).mean()
     gradients = [p.grad for p in parameters if p.grad is not None]
     found = torch.nn.utils.get_total_norm(gradients)

@@ -79,7 +79,7 @@ class Matrix(NamedTuple):
             head = head.flatten(per_chunk + 2)
             cut = Grid(N, K * prod(kernel), *head.shape[-2:])
             hidden = hidden if len(hidden.shape) == 4 else hidden[None]  # type: ignore[index]
-        key = (id(weight.head), id(weight.settings["head_bias"]))
+        key = (id(weight.head), id(weight.settings["head_bias"]), *[id(weight)] * per_chunk)  # its chunks' own heads
         if bias is not None:
             bias = bias.flatten(bias.dim() - 1 - len(kernel))
             if bias.dim() == 3 and not per_chunk:
@@ -88,7 +88,8 @@ class Matrix(NamedTuple):
             bias = bias.expand(*head.shape[:width], *bias.shape[-2:]).unsqueeze(width)
             head, hidden = torch.cat([head, bias], width), formed(hidden)
             hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
-        return cls(hidden, head, weight.scale, cut, key)
+        scale = weight.scale.reshape(()).to(dtype) if isinstance(weight.scale, Tensor) else weight.scale
+        return cls(hidden, head, scale, cut, key)
 
 
 class Part(NamedTuple):
@@ -134,6 +135,7 @@ def centred(matrix: Matrix) -> Matrix:
 
 
 def scaled(hidden: Tensor, scale: float | Tensor) -> Tensor:
+    """`scale * hidden`, not asked of torch where that is hidden."""
     return hidden if is_one(scale) else scale * hidden
 
 
@@ -144,8 +146,8 @@ def together(parts: Sequence[Part]) -> Tensor:
     first, scale = hiddens[0], parts[0].scale
     if any(part.scale is not scale for part in parts):
         like = parts[0].head
-        each = [torch.as_tensor(part.scale).to(like).expand(part.hidden.shape[1], 1) for part in parts]
-        scale = torch.cat(each)
+        given: Any = {"dtype": like.dtype, "device": like.device}
+        scale = torch.cat([torch.as_tensor(p.scale, **given).expand(p.hidden.shape[1], 1) for p in parts])
     if all(isinstance(h, AdditiveHidden) for h in hiddens):
         alike = all(h.context is first.context and h.activation == first.activation for h in hiddens)
         if alike and len(hiddens) > 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperkernels.nn.trunk import check_sizes
+from hyperkernels.weight import AbsentWeight
 
 
 class Classes(NamedTuple):
@@ -75,8 +76,9 @@ def of_values(y: Tensor) -> Values:
 
 
 def _check(name: str, value: Tensor, dims: int, wanted: str) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    plain = isinstance(value, Tensor) and not isinstance(value, AbsentWeight)
+    if not plain or not value.is_floating_point():
+        got = value.dtype if plain else type(value).__name__
         raise TypeError(f"{name}: got {got}, wanted a floating tensor {wanted}")
-    if value.dim() < dims or not len(value):
+    if value.dim() < dims or not len(value) or not value.shape[-1]:
         raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {wanted}, one member at least")

@@ -3,7 +3,7 @@ matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -109,6 +109,7 @@ def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:
 
     Arguments, result and errors as of `filters`, of a weight of any shape.
     """
+    _check_weights("weight", [weight])
     norms = algebra.chunk_norms(weight)
     _check_context(context, len(norms))
     axis = _axis(axis)
@@ -122,6 +123,7 @@ def _gram(weights: Weights, centred: bool = False) -> Tensor:
     own = weights if isinstance(weights, Mapping) else {"": weights}
     if not own:
         raise ValueError("weights: got none, wanted at least one")
+    _check_weights("weights", own.values())
     with torch.no_grad():
         found = {name: algebra.gram(weight, centred=centred) for name, weight in own.items()}
     first = next(iter(found.values()))
@@ -176,11 +178,19 @@ def pca(weights: Weights, names: Sequence[str] | None = None, axis: Any = None) 
     return axis
 
 
+def _check_weights(name: str, weights: Iterable[Any]) -> None:
+    for weight in weights:
+        if not isinstance(made(weight), AbsentWeight):
+            raise TypeError(f"{name}: got {type(weight).__name__}, wanted what a HyperNet generates")
+
+
 def _check_context(context: int, count: int) -> None:
     if not isinstance(context, int) or isinstance(context, bool) or not 0 <= context < count:
         raise ValueError(f"context: got {context!r}, wanted 0 to {count - 1}")
 
 
 def _check_names(names: Sequence[str] | None, count: int) -> None:
+    if names is not None and not isinstance(names, Sequence):
+        raise TypeError(f"names: got {type(names).__name__}, wanted a list of strings")
     if names is not None and len(names) != count:
         raise ValueError(f"names: got {len(names)}, wanted one for each of {count} contexts")

@@ -47,6 +47,10 @@ class AbsentWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
+    def materialize(self) -> Tensor:
+        """W itself, `[*shape]`, or of more contexts than one `[G, *shape]`, differentiable: to export or to look at."""
+        return form(self)
+
     def __repr__(self) -> str:  # type: ignore[override]
         parts = f"hidden={list(self.hidden.shape)}, head={list(self.head.shape)}"
         return f"{type(self).__name__}(shape={list(shape_of(self))}, {parts})"
@@ -70,7 +74,7 @@ class GeneratedWeight(AbsentWeight):
         hidden, head, head_bias, order, backend: as for `hyper_linear`, or `hyper_conv2d`.
         shape: `(N, K)`; of a convolution `(out_channels, in_channels / groups, *kernel)`; of a bias `(N,)`, which is
             generated as the column `(N, 1)`.
-        scale: a number, or a tensor of one; no gradient reaches it.
+        scale: a number, or a tensor of one.
         context_ids: as for `hyper_linear`, of the layer that the weight is given to. Where hidden has G contexts each
             has a weight of this shape, and entry g of the layer's input uses that of context g, without ids.
 

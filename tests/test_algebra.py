@@ -272,3 +272,53 @@ def test_the_weight_of_a_layer_is_told_of_as_it_is_made(context_features):
             wanted = torch.linalg.matrix_norm(matrices, 2)
             got = algebra.spectral_norm(layer.weight, tol=1e-9)
             torch.testing.assert_close(got, wanted if context_features else wanted[0])
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tensors", "mixed"])
+def test_targets_that_share_a_head_have_scales_of_their_own(kind):
+    """Their chunks are summed over together; a number is as exact as fp64, whatever the default dtype."""
+    given = {
+        "numbers": (0.1, -0.3, 0.7),
+        "tensors": (torch.tensor(0.5), torch.tensor([0.25]), torch.tensor(2.0)),
+        "mixed": (1.0, torch.tensor(0.25), 0.3),
+    }[kind]
+    head, context = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+
+    def make(seed):
+        torch.manual_seed(seed)
+        chunks = [torch.randn(2 + n, 3, 3, dtype=torch.float64) for n in range(3)]
+        hidden = [hk.AdditiveHidden(context, v, "tanh") for v in chunks]
+        sizes = [((2 + n) * 4 - 1, 14) for n in range(3)]
+        return {str(n): hk.GeneratedWeight(hidden[n], head, sizes[n], scale=given[n]) for n in range(3)}
+
+    weights, others = make(0), make(1)
+    formed, formed_others = ({n: form(w) for n, w in own.items()} for own in (weights, others))
+    squares = sum(w.square().flatten(1).sum(1) for w in formed.values())
+    torch.testing.assert_close(hk.algebra.total_norm(weights), squares.sqrt(), rtol=1e-12, atol=0)
+    moved = sum((formed[n] - formed_others[n]).square().flatten(1).sum(1) for n in formed)
+    torch.testing.assert_close(hk.algebra.output_regularizer(weights, others), moved.mean(), rtol=1e-12, atol=0)
+    largest = torch.linalg.matrix_norm(formed["1"], 2)
+    torch.testing.assert_close(hk.algebra.spectral_norm(weights["1"], tol=0), largest, rtol=1e-6, atol=0)
+
+
+def test_heads_for_each_chunk_that_two_weights_share():
+    head = torch.randn(4, 2, 3, 5, dtype=torch.float64)
+    weights = {n: hk.GeneratedWeight(torch.randn(2, 2, 2, 2, dtype=torch.float64), head, (6, 10)) for n in "ab"}
+    squares = sum(form(w).square().flatten(1).sum(1) for w in weights.values())
+    torch.testing.assert_close(hk.algebra.total_norm(weights), squares.sqrt())
+
+
+@pytest.mark.parametrize(
+    ("run", "match"),
+    [
+        (lambda net, w: hk.algebra.clip_gradients_(net, w), "parameters: got HyperNet"),
+        (lambda net, w: hk.algebra.clip_gradients_(net.heads[0], w), "parameters: got Parameter"),
+        (lambda net, w: hk.algebra.clip_gradients_(net.parameters(), w, "a"), "limit: got 'a'"),
+        (lambda net, w: hk.algebra.spectral_norm(w["a"], iterations=True), "iterations: got True"),
+        (lambda net, w: hk.algebra.spectral_norm(w["a"], tol="a"), "tol: got 'a'"),
+    ],
+)
+def test_arguments_that_are_none_are_named(run, match):
+    net = hk.HyperNet({"a": (8, 6)}, width=4)
+    with pytest.raises((TypeError, ValueError), match=match):
+        run(net, net())

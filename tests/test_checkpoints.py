@@ -97,3 +97,32 @@ def test_what_is_missing_or_extra_is_refused():
     for fewer in (SHAPES[:2], [[3, 3]]):
         with pytest.raises(ValueError, match="targets: got"):
             read_hypnettorch(whole.state_dict(), fewer)
+
+
+def test_every_twin_is_looked_at():
+    theirs, _ = make("ChunkedHMLP, tasks")
+    state = dict(theirs.state_dict())
+    refused = []
+    for key in [key for key in state if key.startswith("_hnet.")]:
+        refused.append({name: value for name, value in state.items() if name != key})
+        refused.append(state | {key: state[key] + 1})
+    refused += [state | {"_hnet.colour": torch.ones(2)}, state | {"_layer_bias_vectors.0": torch.ones(3)}]
+    whole = dict(make("HMLP, tasks")[0].state_dict())
+    refused += [whole | {key: torch.ones(3)} for key in whole if key.startswith("_internal")][4:]
+    for damaged in refused:
+        with pytest.raises(ValueError, match=r"state: got|state: wanted"):
+            read_hypnettorch(damaged, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ((None, SHAPES), "state: got NoneType"),
+        (({"a": 3}, SHAPES), "state: got dict"),
+        (({}, None), "targets: got None"),
+        (({}, [3, 4]), r"targets: got \[3, 4\]"),
+    ],
+)
+def test_what_is_no_state_or_no_shapes_is_named(given, match):
+    with pytest.raises(TypeError, match=match):
+        read_hypnettorch(*given)

@@ -58,6 +58,48 @@ def test_any_module_is_a_trunk(trunk):
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
+@pytest.mark.parametrize("kind", [hk.nn.CNNTrunk, hk.nn.RNNTrunk, hk.nn.AttentionTrunk])
+def test_chunks_see_each_other(kind):
+    trunk, embedding = kind(8, 8).eval(), torch.randn(6, 8)
+    other = embedding.clone()
+    other[2] += 1
+    moved = (trunk(other) - trunk(embedding)).abs().amax(1) > 1e-6
+    assert moved[2]
+    assert moved[3], "its neighbour"
+    assert moved.all() == (kind is hk.nn.AttentionTrunk)
+
+
+def test_descriptors_are_as_exact_in_half_precision():
+    net = hk.HyperNet({"w": (256, 256)}, width=8, chunk=(4, 4), descriptors=True)
+    embedding = net.descriptors(net.targets.values())
+    rounded = net.descriptors.bfloat16()(net.targets.values())
+    assert F.cosine_similarity(embedding, rounded.float(), dim=1).min() > 0.999
+
+
+def test_task_numbers_may_be_compiled():
+    tasks = hk.nn.Tasks(5, 3)
+    compiled = torch.compile(tasks, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(torch.tensor([4, 0])), tasks(torch.tensor([4, 0])))
+
+
+@pytest.mark.parametrize(
+    "trunk",
+    [
+        hk.nn.MLPTrunk((8,), 8),
+        hk.nn.TrunkLayer(8, 8),
+        hk.nn.ColumnTrunk(2, 8, 8),
+        hk.nn.MLPTrunk((8,), 8, context_features=4),
+    ],
+    ids=["mlp", "layer", "columns", "another size"],
+)
+def test_a_trunk_that_would_not_see_the_context_is_refused(trunk):
+    with pytest.raises(ValueError, match=r"trunk: got one with context_features=(None|4), wanted 3"):
+        hk.HyperNet({"w": (8, 6)}, context_features=3, width=8, trunk=trunk)
+    if trunk.context_features is None:
+        with pytest.raises(ValueError, match="context: got one, wanted none"):
+            trunk(torch.randn(4, 8), torch.randn(2, 3))
+
+
 def test_a_model_with_convolutions_learns_through_any_trunk(trunk):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 7))
     net = hk.HyperNet(model, context_features=5, width=8, chunk=(8, 8), trunk=trunk)

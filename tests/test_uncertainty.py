@@ -39,8 +39,11 @@ def test_members_of_a_static_hypernetwork_have_masks_of_their_own():
         net = hk.HyperNet({"weight": (3, 6)}, width=16, embedding_features=8, trunk=trunk, **layout).train()
         y = F.linear(members(torch.randn(5, 6), 12), net(members=12)["weight"])
         assert of_values(y).variance.min() > 0
-        still = form(net.eval()(members=12)["weight"])
-        torch.testing.assert_close(still, form(net()["weight"]).expand(12, 3, 6))
+        with pytest.raises(ValueError, match="members: got 12 all alike, wanted a trunk with dropout"):
+            net.eval()(members=12)
+        net.trunk.train()
+        model = hk.HyperModel(torch.nn.Linear(6, 3), net)
+        assert of_values(model(members(torch.randn(5, 6), 12), members=12)).variance.min() > 0
     with pytest.raises(ValueError, match="members: got 0"):
         net(members=0)
     with pytest.raises(ValueError, match="members: got a number, wanted a context for each"):

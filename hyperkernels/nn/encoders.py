@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hyperkernels.nn.start import CONTEXTS
 from hyperkernels.nn.targets import Target
 from hyperkernels.nn.trunk import check_sizes
+from hyperkernels.watched import transformed
 
 
 class Tasks(nn.Embedding):
@@ -33,6 +34,8 @@ class Tasks(nn.Embedding):
 
     def __init__(self, count: int, features: int, *, beside: int = 0, **factory) -> None:
         check_sizes(count=count, features=features)
+        if not isinstance(beside, int) or beside < 0:
+            raise ValueError(f"beside: got {beside!r}, wanted 0 or more")
         super().__init__(count, features, **factory)
         self.beside = beside
 
@@ -44,7 +47,8 @@ class Tasks(nn.Embedding):
         if not isinstance(input, Tensor) or input.is_floating_point() or input.dtype == torch.bool:
             got = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise TypeError(f"task: got {got}, wanted an integer tensor")
-        if input.numel() and not (int(input.min()) >= 0 and int(input.max()) < self.num_embeddings):
+        readable = input.numel() and not transformed()
+        if readable and not (int(input.min()) >= 0 and int(input.max()) < self.num_embeddings):
             raise ValueError(f"task: got {input.tolist()}, wanted 0 to {self.num_embeddings - 1}")
         return torch.cat([*beside, super().forward(input)], -1)
 
@@ -132,7 +136,11 @@ class Descriptors(nn.Module):
             place = [number / 8, number / len(targets)]
             i, j = torch.meshgrid(torch.arange(grid.I) / grid.I, torch.arange(grid.J) / grid.J, indexing="ij")
             fixed = torch.tensor(place + sizes).expand(grid.I * grid.J, -1)
-            step = self.STEPS[0] * grid.I * i + self.STEPS[1] * grid.J * j
+            step = (self.STEPS[0] * grid.I * i + self.STEPS[1] * grid.J * j) % 2  # whose sines repeat there
             rows.append(torch.cat([fixed, *(v.reshape(-1, 1) for v in (i, j, step))], 1))
-        told = torch.cat(rows).to(weight)[..., None] * math.pi * 2.0 ** torch.arange(self.FREQUENCIES).to(weight)
-        return self.layer(torch.cat([told.sin(), told.cos()], -1).flatten(1))
+        told = (
+            torch.cat(rows).to(weight.device)[..., None]
+            * math.pi
+            * 2.0 ** torch.arange(self.FREQUENCIES, device=weight.device)
+        )
+        return self.layer(torch.cat([told.sin(), told.cos()], -1).flatten(1).to(weight.dtype))

@@ -21,7 +21,8 @@ class HyperModel(nn.Module):
         hypernet: a `HyperNet` whose targets are parameters of `model`, by name and shape.
 
     Call:
-        `hyper_model(*args, context=None, context_ids=None, **kwargs)`: the model's arguments, and the hypernetwork's.
+        `hyper_model(*args, context=None, context_ids=None, members=None, **kwargs)`: the model's arguments, and the
+        hypernetwork's.
 
     Raises:
         TypeError, ValueError: an argument is no such module, or a target no parameter of the model. Nothing has been
@@ -56,8 +57,15 @@ class HyperModel(nn.Module):
             for path, _, leaf in (other.rpartition(".") for other in self.names[name]):
                 self.model.get_submodule(path).register_parameter(leaf, value)
 
-    def forward(self, *args: Any, context: Any = None, context_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        generated = self.hypernet(context, context_ids)
+    def forward(
+        self,
+        *args: Any,
+        context: Any = None,
+        context_ids: Tensor | None = None,
+        members: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        generated = self.hypernet(context, context_ids, members=members)
         weights = {other: weight for name, weight in generated.items() for other in self.names[name]}
         return torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -16,8 +16,21 @@ from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import current_context, find_context
 from hyperkernels.nn.encoders import Descriptors
 from hyperkernels.nn.start import moments, normal_contexts, start_heads_, start_scales
-from hyperkernels.nn.targets import Chunk, Found, Target, check_choices, check_settings, cut, find_targets, share_heads
-from hyperkernels.nn.trunk import TrunkLayer, check_sizes
+from hyperkernels.nn.targets import (
+    Chunk,
+    Found,
+    Target,
+    check_choices,
+    check_flags,
+    check_settings,
+    count_chunks,
+    cut,
+    find_targets,
+    share_heads,
+    split_chunks,
+)
+from hyperkernels.nn.trunk import TrunkLayer, check_parts, check_sizes
+from hyperkernels.watched import transformed
 from hyperkernels.weight import AbsentWeight, GeneratedWeight
 
 Targets = Mapping[str, Sequence[int]] | nn.Module
@@ -58,15 +71,17 @@ class HyperNet(nn.Module):
             default a `TrunkLayer`. Where it has `chunks_per_embedding`, neighbours in a row share one (`ColumnTrunk`).
         init, nonlinearity: at first the weights vary as Chang et al. would have them, by "fan_in" or "fan_out", for
             "relu" or "linear", whatever the head that they share and whatever the trunk makes for each: `scale_l`,
-            measured at the start (`reset_parameters`) and kept as the buffer `scales`, sees to it. A head that
-            chunks share starts small along what the chunks of a row or column have in common: that would repeat all
-            over a weight, and activations grow by it from layer to layer, right as each variance is.
+            measured at the start (`reset_parameters`) and kept as the buffer `scales`, sees to it (of a target alone on
+            its head the head has it). A head that chunks share starts small along what the chunks of a row or column
+            have in common: that would repeat all over a weight, and activations grow by it from layer to layer, right
+            as each variance is.
         device, dtype: of the parameters.
 
     Call:
         `hypernet(context=None, context_ids=None, targets=None, members=None)`: `{name: weight}`. The context is the
         argument, else the ambient `hyperkernels.context(z)`; z `[G, context_features]` generates G weights for each
-        target. A static hypernetwork whose trunk has dropout generates an ensemble of `members`, each by its own mask.
+        target. A static hypernetwork generates an ensemble of `members`, each by a mask of its own, where its trunk has
+        dropout and is in training mode (`hypernet.trunk.train()`).
 
     Its attributes `order` and `backend` are those of `hyper_linear`, for all targets.
 
@@ -115,18 +130,15 @@ class HyperNet(nn.Module):
         check_sizes(width=width, embedding_features=features, context_features=context_features)
         check_choices(strategy=strategy, component=component, layout=layout, heads=heads)
         check_choices(init=init, nonlinearity=nonlinearity)
-        for name, module in (("trunk", trunk), ("encoder", encoder)):
-            if module is not None and not isinstance(module, nn.Module):
-                raise TypeError(f"{name}: got {type(module).__name__}, wanted a torch.nn.Module")
-        if encoder is not None and context_features is None:
-            raise ValueError("encoder: got one, wanted context_features, the size of what it makes")
+        check_parts(trunk, encoder, context_features)
+        check_flags(biases=biases, head_bias=head_bias, descriptors=descriptors)
         check_settings(strategy, component, layout, chunk, heads, descriptors)
         self.width, self.context_features, self.flat = width, context_features, layout == "flat"
         self.order: str | None = None
         self.backend: str | None = None
         self._settings, self._start = (chunk, width, strategy, component), (init, nonlinearity)
         self._choice: Any = (filter_fn, biases) if descriptors else ()  # of the layers of another module
-        found = find_targets(targets, filter_fn, biases)
+        found = find_targets(targets, filter_fn, biases, layout)
         self._starts, self.targets = start_scales(found, init, nonlinearity), self._cut(found, chunk)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._owns_trunk = trunk is None
@@ -164,7 +176,7 @@ class HyperNet(nn.Module):
         for name, target in self.targets.items():
             if target.grid.J % each:
                 raise ValueError(f"trunk: {name!r} has {target.grid.J} columns of chunks, wanted a multiple of {each}")
-        return _count(self._chunks(self.targets)) // each
+        return count_chunks(self._chunks(self.targets)) // each
 
     @torch.no_grad()
     def reset_parameters(self, context: Any = None) -> None:
@@ -187,13 +199,7 @@ class HyperNet(nn.Module):
             (own, own.stop - own.start if self.flat else target.grid.J)
             for own, target in zip(self._chunks(self.targets).values(), self.targets.values())
         ]
-        modes = {module: module.training for module in self.modules()}
-        try:
-            self.eval()
-            found = moments(lambda z: self._hidden(self.targets, z), self._examples(context), parts)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        found = moments(lambda z: self._hidden(self.targets, z), self._examples(context), parts, self)
         start_heads_(list(self.heads), self.scales, list(self.head_of.values()), list(self._starts.values()), found)
 
     def _examples(self, context: Any) -> Tensor | None:
@@ -222,7 +228,7 @@ class HyperNet(nn.Module):
         hidden = self.trunk(embedding, context)
         if not isinstance(hidden, (Tensor, AdditiveHidden)):
             raise TypeError(f"trunk: got {type(hidden).__name__}, wanted hidden as a tensor or as AdditiveHidden")
-        count, m = _count(self._chunks(targets)), self.width
+        count, m = count_chunks(self._chunks(targets)), self.width
         shape = tuple(hidden.shape)
         wanted = [(count, 1, m)] if isinstance(hidden, AdditiveHidden) else [(count, m)]
         if shape not in wanted and shape[1:] not in wanted:
@@ -246,10 +252,12 @@ class HyperNet(nn.Module):
             if self.context_features is not None:
                 raise ValueError("members: got a number, wanted a context for each: this hypernetwork is conditional")
             hidden = torch.stack([self._hidden(cuts, None) for _ in range(members)])  # type: ignore[arg-type]
+            if members > 1 and not transformed() and bool((hidden == hidden[0]).all()):
+                raise ValueError(f"members: got {members} all alike, wanted a trunk with dropout, in training mode")
         ids = ambient_ids if context_ids is None else context_ids
         if self.flat:
             return self._flat_weights(hidden, ids, scales)
-        parts = _split(hidden, cuts.values())
+        parts = split_chunks(hidden, cuts.values())
         read: dict[Any, list[Tensor]] = {}
         weights: dict[str, AbsentWeight] = {}
         for (name, target), part in zip(cuts.items(), parts):
@@ -304,16 +312,3 @@ class HyperNet(nn.Module):
         own, made = sum(p.numel() for p in self.parameters()), sum(t.numbers for t in self.targets.values())
         context = "static" if self.context_features is None else f"context_features={self.context_features}"
         return f"targets={len(self.targets)}, width={self.width}, {context}, {own:,} parameters for {made:,} weights"
-
-
-def _split(hidden: Tensor | AdditiveHidden, targets: Collection[Target]) -> list[Tensor | AdditiveHidden]:
-    """Each target's chunks, as its grid."""
-    own = hidden.chunks[:, 0] if isinstance(hidden, AdditiveHidden) else hidden
-    parts = own.split([target.chunks for target in targets], -2)
-    grids = [part.unflatten(-2, (target.grid.I, target.grid.J)) for part, target in zip(parts, targets)]
-    return [hidden.with_chunks(grid) for grid in grids] if isinstance(hidden, AdditiveHidden) else grids
-
-
-def _count(chunks: dict[str, slice]) -> int:
-    """How many there are, of all targets together."""
-    return max(own.stop for own in chunks.values())

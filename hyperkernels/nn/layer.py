@@ -94,7 +94,17 @@ class HyperLayer(nn.Module):
         if self._owns_hypernet:
             self.hypernet.reset_parameters()  # type: ignore[operator]
         contexts = normal_contexts(self.context_features, self.width, self.head)
-        found = moments(self.hypernet, contexts, [(slice(None), self.grid.J + (self.bias_head is not None))])
+        columns = self.grid.J + (self.bias_head is not None)
+
+        def checked(z: Tensor | None) -> Hidden:
+            hidden, wanted = self.hypernet(z), (self.grid.I, columns, self.width)
+            if tuple(hidden.shape[-3:]) != wanted:
+                raise ValueError(
+                    f"hypernet: got hidden {list(hidden.shape)}, wanted {list(wanted)} or [G, *{list(wanted)}]"
+                )
+            return hidden
+
+        found = moments(checked, contexts, [(slice(None), columns)], self.hypernet)
         for head in (self.head, self.bias_head):
             if head is not None:
                 drawn = torch.empty_like(head, memory_format=torch.contiguous_format)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperkernels.form import autocast_enabled
 from hyperkernels.nn.hypernet import HyperNet
 from hyperkernels.nn.trunk import check_sizes
 
@@ -35,6 +36,8 @@ class HyperCell(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size, hyper_size=hyper_size)
+        if generates == "rows" and chunk is not None:
+            raise ValueError(f'chunk: got {chunk!r}, wanted None: it is of generates="weights"')
         if generates not in ("weights", "rows"):
             raise ValueError(f'generates: got {generates!r}, wanted "weights" or "rows"')
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -58,8 +61,26 @@ class HyperCell(nn.Module):
 
     def start(self, x: Tensor) -> State:
         """The state before the first step: zeros."""
+        return tuple(x.new_zeros(shape) for shape in self._shapes(x))
+
+    def _shapes(self, x: Tensor) -> list[tuple[int, int]]:
+        """Of the state's parts: h, of an LSTM c, and as many of the small cell's."""
         sizes = [self.hidden_size] * self.parts + [self.hyper_cell.hidden_size] * self.parts
-        return tuple(x.new_zeros(len(x), size) for size in sizes)
+        return [(len(x), size) for size in sizes]
+
+    def _checked(self, x: Tensor, state: State | None) -> State:
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != self.input_size:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: got {got}, wanted [B, {self.input_size}]")
+        if x.dtype != self.context_layer.weight.dtype and not autocast_enabled(x.device.type):
+            raise TypeError(f"x: got {x.dtype}, wanted the cell's dtype {self.context_layer.weight.dtype}")
+        if state is None:
+            return self.start(x)
+        whole = isinstance(state, tuple) and all(isinstance(part, Tensor) for part in state)
+        got = [tuple(part.shape) for part in state] if whole else type(state).__name__
+        if got != self._shapes(x):
+            raise ValueError(f"state: got {got}, wanted what the step before returned: tensors {self._shapes(x)}")
+        return state
 
     @property
     def parts(self) -> int:
@@ -68,8 +89,6 @@ class HyperCell(nn.Module):
 
     def _sums(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """`W_x(z) x + W_h(z) h + b(z)`, `[B, GATES * hidden_size]`, and the small cell's new state."""
-        if x.dim() != 2 or x.shape[1] != self.input_size:
-            raise ValueError(f"x: got shape {list(x.shape)}, wanted [B, {self.input_size}]")
         h, own = state[0], state[self.parts :]
         seen = torch.cat([x, h], 1)
         found = self.hyper_cell(seen, own if self.parts > 1 else own[0])
@@ -99,13 +118,15 @@ class HyperRNNCell(HyperCell):
         device, dtype: of the parameters.
 
     Call:
-        `h, state = cell(x, state=None)`, x `[B, input_size]`; no state is zeros.
+        `h, state = cell(x, state=None)`, x `[B, input_size]`; no state is zeros. It is a tuple of h and the small
+        cell's state, of an LSTM of h, c and the small cell's two.
 
     Memory: for each sample and step what `hyper_linear` keeps: no weight, where weights of their own for B samples in T
     steps would be `B * T * hidden_size * (input_size + hidden_size)` numbers.
 
     Raises:
-        ValueError: a size below 1, an x of another, or an unknown `generates`.
+        TypeError, ValueError: a size below 1, an x or a state of another size or dtype, an unknown `generates`, or a
+            chunk for "rows".
 
     Example:
         >>> import torch, hyperkernels as hk
@@ -122,7 +143,7 @@ class HyperRNNCell(HyperCell):
     small = nn.RNNCell
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        sums, own = self._sums(x, self.start(x) if state is None else state)
+        sums, own = self._sums(x, self._checked(x, state))
         h = torch.tanh(sums)
         return h, (h, *own)
 
@@ -145,7 +166,7 @@ class HyperLSTMCell(HyperCell):
     small = nn.LSTMCell
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        state = self.start(x) if state is None else state
+        state = self._checked(x, state)
         sums, own = self._sums(x, state)
         i, f, g, o = sums.chunk(4, 1)
         c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.targets import Found
@@ -63,9 +63,27 @@ def moments(
     hypernet: Callable[[Tensor | None], Tensor | AdditiveHidden],
     contexts: Tensor | None,
     targets: Sequence[tuple[slice, int]],
+    module: nn.Module,
 ) -> list[Moments]:
     """Of each target: which of the chunks are its, row by row, and how many a row has. A first context shows how many
-    there are in all, and so how many contexts are measured at once and in all."""
+    there are in all, and so how many contexts are measured at once and in all; `module`, of which the hypernetwork is
+    made, as in evaluation."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        module.eval()
+        return _moments_of(hypernet, contexts, targets)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _moments_of(
+    hypernet: Callable[[Tensor | None], Tensor | AdditiveHidden],
+    contexts: Tensor | None,
+    targets: Sequence[tuple[slice, int]],
+) -> list[Moments]:
+    if contexts is not None and not len(contexts):
+        raise ValueError("context: got none, wanted one at least to measure by")
     sums: list[list[Any]] = [[0.0, 0.0, 0.0] for _ in targets]  # of squares: of hidden, of rows and columns of it
     sizes = [(0, 0)] * len(targets)
     seen, chunks, begin, some, count = 0, 0, 0, 1, 1 if contexts is None else len(contexts)
@@ -110,7 +128,7 @@ def _apart(own: Sequence[Moments]) -> Tensor:
     variance = torch.stack([target.hidden.trace() for target in own]).mean() / len(own[0].hidden)
     repeated = torch.stack([target.repeated for target in own]).mean(0) / variance.clamp_min(LEAST_MOMENT)
     chance = sum(target.chance for target in own) / len(own)
-    values, vectors = torch.linalg.eigh(repeated)
+    values, vectors = torch.linalg.eigh(repeated.nan_to_num(0.0, 0.0, 0.0))  # of a trunk that is yet to be filled
     return vectors / (1 + STRICT * (values - chance).clamp_min(0)) @ vectors.mT
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from hyperkernels.chunking import Grid, check_chunk
+from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
@@ -27,6 +28,12 @@ def check_choices(**given: str | None) -> None:
     for name, value in given.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(str, CHOICES[name]))}")
+
+
+def check_flags(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}, wanted True or False")
 
 
 def check_settings(
@@ -92,6 +99,7 @@ def find_targets(
     targets: Mapping[str, Sequence[int]] | nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     biases: bool = False,
+    layout: str = "tiles",
 ) -> dict[str, Found]:
     """What is to be generated, by name; a weight that several layers share once, by its first name."""
     check_filter(filter_fn)
@@ -103,6 +111,11 @@ def find_targets(
             kind = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
             if not kind or not (filter_fn is None or filter_fn(module, layer)):
                 continue
+            if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose3d)):
+                what = f"{type(module).__name__} {layer!r}"
+                raise ValueError(
+                    f"targets: got {what}, which runs only with a weight formed: leave it out by filter_fn"
+                )
             for part in ("weight", "bias")[: 1 + biases]:
                 parameter, name = getattr(module, part), f"{layer}.{part}".lstrip(".")
                 if parameter is not None and parameter not in seen:
@@ -120,8 +133,10 @@ def find_targets(
         reason = taken * isinstance(targets, nn.Module)
         raise ValueError(f"targets: got none, wanted at least one weight{reason}")
     for name, shape in found.items():
-        fits = isinstance(shape, Sequence) and 1 <= len(shape) <= 5 and all(isinstance(n, int) and n > 0 for n in shape)
-        if not fits:
+        if not isinstance(name, str):
+            raise TypeError(f"targets: got the name {name!r}, wanted a string")
+        fits = isinstance(shape, Sequence) and 1 <= len(shape) <= 5
+        if not fits or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
             raise ValueError(f"targets: got {shape!r} for {name!r}, wanted one to five positive integers")
     return {name: known.get(name, Found(tuple(shape))) for name, shape in found.items()}
 
@@ -164,3 +179,16 @@ def share_heads(
     for name, target in targets.items() if size is None else ():
         sizes[head_of[name]] = max(sizes[head_of[name]], (*(target.chunks,) * each, prod(target.chunk)))
     return head_of, sizes
+
+
+def split_chunks(hidden: Tensor | AdditiveHidden, targets: Collection[Target]) -> list[Tensor | AdditiveHidden]:
+    """Each target's chunks, as its grid."""
+    own = hidden.chunks[:, 0] if isinstance(hidden, AdditiveHidden) else hidden
+    parts = own.split([target.chunks for target in targets], -2)
+    grids = [part.unflatten(-2, (target.grid.I, target.grid.J)) for part, target in zip(parts, targets)]
+    return [hidden.with_chunks(grid) for grid in grids] if isinstance(hidden, AdditiveHidden) else grids
+
+
+def count_chunks(chunks: dict[str, slice]) -> int:
+    """How many there are, of all targets together."""
+    return max(own.stop for own in chunks.values())

@@ -71,12 +71,9 @@ class TrunkLayer(nn.Module):
                 self.context_layer.weight[half : 2 * half] = self.context_layer.weight[:half]
 
     def forward(self, embedding: Tensor, context: Tensor | None = None) -> Tensor | AdditiveHidden:
-        chunks = self.chunk_layer(embedding)
+        z, chunks = context_for(context, self.context_features), self.chunk_layer(embedding)
         if self.context_layer is None:
             return ACTIVATIONS[self.activation].apply_(chunks)
-        if context is None:
-            raise ValueError("context: got None, wanted [G, context_features]: this trunk is conditional")
-        z = check_context(context, "context", self.context_features)
         grid = chunks if chunks.dim() == 3 else chunks[:, None]
         return AdditiveHidden(self.context_layer(z), grid, self.activation)
 
@@ -166,11 +163,9 @@ class FreeTrunk(nn.Module):
             nn.init.zeros_(self.context_layer.weight)
 
     def forward(self, context: Tensor | None = None) -> Tensor | AdditiveHidden:
+        z = context_for(context, self.context_features)
         if self.context_layer is None:  # what counts FLOPs looks for the graph of a module's result, if it may learn
             return self.chunks.detach() if torch.is_inference_mode_enabled() else self.chunks
-        if context is None:
-            raise ValueError("context: got None, wanted [G, context_features]: this trunk is conditional")
-        z = check_context(context, "context", self.context_features)
         return AdditiveHidden(self.context_layer(z), self.chunks, "identity")
 
     def extra_repr(self) -> str:
@@ -216,7 +211,7 @@ class ColumnTrunk(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(columns=columns, width=width, embedding_features=embedding_features)
-        self.chunks_per_embedding = columns
+        self.chunks_per_embedding, self.context_features = columns, None
         self.weight = nn.Parameter(torch.empty(columns, embedding_features, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(columns, width, device=device, dtype=dtype))
         self.reset_parameters()
@@ -226,13 +221,33 @@ class ColumnTrunk(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, embedding: Tensor, context: Tensor | None = None) -> Tensor:
-        if context is not None:
-            raise ValueError("context: this trunk takes none")
+        context_for(context, None)
         return (torch.einsum("ce,qem->cqm", embedding, self.weight) + self.bias).flatten(0, 1)
 
     def extra_repr(self) -> str:
         columns, features, width = self.weight.shape
         return f"columns={columns}, width={width}, embedding_features={features}"
+
+
+def context_for(context: Tensor | None, features: int | None) -> Any:
+    """What a trunk makes of its context, `[G, features]`, or None of a static one, which takes none."""
+    if features is None and context is not None:
+        raise ValueError("context: got one, wanted none: this trunk was built without context_features")
+    if features is not None and context is None:
+        raise ValueError("context: got None, wanted [G, context_features]: this trunk is conditional")
+    return None if context is None else check_context(context, "context", features)
+
+
+def check_parts(trunk: nn.Module | None, encoder: nn.Module | None, context_features: int | None) -> None:
+    """Of a hypernetwork."""
+    for name, module in (("trunk", trunk), ("encoder", encoder)):
+        if module is not None and not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: got {type(module).__name__}, wanted a torch.nn.Module")
+    if encoder is not None and context_features is None:
+        raise ValueError("encoder: got one, wanted context_features, the size of what it makes")
+    takes = getattr(trunk, "context_features", context_features)
+    if takes != context_features:
+        raise ValueError(f"trunk: got one with context_features={takes}, wanted {context_features}, as is given here")
 
 
 def check_sizes(**sizes: int | None) -> None:

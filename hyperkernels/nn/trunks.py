@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperkernels.hidden import ACTIVATIONS, check_activation
-from hyperkernels.nn.ambient import check_context
-from hyperkernels.nn.trunk import check_sizes
+from hyperkernels.nn.trunk import check_sizes, context_for
 
 
 class Tokens(nn.Module):
@@ -32,12 +31,9 @@ class Tokens(nn.Module):
         self.context_layer = nn.Linear(context_features, size, bias=False, **factory) if context_features else None
 
     def forward(self, embedding: Tensor, context: Tensor | None = None) -> Tensor:
-        tokens = self.chunk_layer(embedding)
+        z, tokens = context_for(context, self.context_features), self.chunk_layer(embedding)
         if self.context_layer is None:
             return self.mix(tokens[None])[0]
-        if context is None:
-            raise ValueError("context: got None, wanted [G, context_features]: this trunk is conditional")
-        z = check_context(context, "context", self.context_features)
         return self.mix(tokens + self.context_layer(z)[:, None])
 
     def mix(self, tokens: Tensor) -> Tensor:
@@ -75,9 +71,11 @@ class MLPTrunk(Tokens):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_activation(activation)
-        if not layers:
+        if not isinstance(layers, Sequence) or not layers:
             raise ValueError(f"layers: got {layers!r}, wanted at least one width")
-        if not 0 <= dropout < 1:
+        for width in layers:
+            check_sizes(layers=width)
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout!r}, wanted 0 to 1")
         factory = {"device": device, "dtype": dtype}
         super().__init__(layers[0], embedding_features, context_features, factory)
@@ -119,6 +117,8 @@ class CNNTrunk(Tokens):
         factory = {"device": device, "dtype": dtype}
         super().__init__(width, embedding_features, context_features, factory)
         check_sizes(kernel_size=kernel_size, depth=depth)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: got {kernel_size}, wanted an odd number")
         convolutions = (nn.Conv1d(width, width, kernel_size, padding="same", **factory) for _ in range(depth))
         self.layers = nn.ModuleList(convolutions)
 
