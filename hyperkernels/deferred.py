@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -17,7 +18,6 @@ from hyperkernels.weight import (
     absent,
     check_in_place,
     formed_of,
-    name_of,
     shape_of,
 )
 
@@ -44,7 +44,9 @@ class DeferredWeight(AbsentWeight):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in AS_IT_IS or function in TOLD:
             return super().__torch_function__(function, types, args, kwargs)
-        check_in_place(name_of(function))
+        if torch.compiler.is_compiling():  # who traces would take the numbers that are not there
+            raise RuntimeError("a layer's `.weight` was given to a compiled function: let that read it from the layer")
+        check_in_place(function)
         args, kwargs = pytree.tree_map_only(DeferredWeight, lambda weight: weight.made(), (args, kwargs or {}))
         return function(*args, **kwargs)
 

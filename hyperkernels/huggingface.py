@@ -99,6 +99,10 @@ class HyperLayersQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
@@ -140,6 +144,12 @@ def remember(model: Any) -> None:
         model.config.quantization_config = HyperLayersConfig(layers=layers, heads=heads)  # type: ignore[call-arg]
     elif isinstance(getattr(model.config, "quantization_config", None), HyperLayersConfig):
         del model.config.quantization_config
+        for name in (
+            "hf_quantizer",
+            "is_quantized",
+            "quantization_method",
+        ):  # of one that was loaded, and is dense again
+            vars(model).pop(name, None)
 
     own, before = _own_ties(model), model.all_tied_weights_keys
     if type(model)._tied_weights_keys and (not own or own.keys() - before.keys()):  # they have parted, or are back

@@ -14,7 +14,7 @@ from hyperkernels.form import check_ids, grid_of_weight
 from hyperkernels.hidden import ACTIVATIONS, AdditiveHidden
 from hyperkernels.operators import check_context_ids
 from hyperkernels.planner import workspace_bytes
-from hyperkernels.weight import GENERATED, GeneratedWeight, shape_of
+from hyperkernels.weight import GENERATED, GeneratedWeight, is_one, shape_of
 
 
 def _embedding(
@@ -32,6 +32,10 @@ def _embedding(
     if max_norm is not None:
         raise RuntimeError("embedding: max_norm would change a generated weight in place")
     N, K = shape_of(weight)
+    if input.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input: got {input.dtype}, wanted int32 or int64")
+    if padding_idx is not None and not -N <= padding_idx < N:
+        raise ValueError(f"padding_idx: got {padding_idx}, wanted {-N} to {N - 1}")
     _check("input", input, 0, N - 1)
     y = _rows(weight, input).reshape(*input.shape, K)
     if padding_idx is None:
@@ -81,7 +85,7 @@ def _some_rows(weight: Any, grid: Grid, i: Tensor, r: Tensor, g: Tensor | None) 
         added = _row_of(bias, kernel, grid, i, r, per_chunk)
         y = y + (added if per_chunk else added[:, None]).flatten(2)
     y = y.unflatten(2, (grid.cols, -1)).flatten(1, 2)[:, : grid.in_features].flatten(1)
-    return weight.scale * y if weight.scale != 1 else y
+    return y if is_one(weight.scale) else weight.scale * y
 
 
 def _row_of(head: Tensor, kernel: int, grid: Grid, i: Tensor, r: Tensor, per_chunk: bool) -> Tensor:

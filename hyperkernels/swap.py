@@ -100,16 +100,21 @@ def hyperize_(
         )
     if not dry_run:
         _share_heads([part for layer, parts in built.items() if configs[layer].share_head for part in parts])
+        places = {}
         for layer, parts in built.items():
             learned = [parameter.requires_grad for parameter in layer.parameters()]
             new: Any = parts[0]
             if configs[layer].mode == "residual":  # what is another's as well goes on learning there, a copy is frozen
                 new = HyperResidual(copy.deepcopy(layer) if _shared(model, layer, names[layer]) else layer, parts)
             new.config = configs[layer] if configs[layer].rank else replace(configs[layer], chunk=parts[0].chunk)
-            for name in names[layer]:
-                model.set_submodule(name, new)
+            places |= dict.fromkeys(names[layer], new)
             report.swaps.append(Swap(layer, new, names[layer], learned))
-        tell_transformers(model)
+        try:
+            _put(model, places)
+        except BaseException:
+            for swap in report.swaps:
+                swap.let_learn()
+            raise
     return report
 
 
@@ -181,13 +186,24 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
     else:
         with ambient_context(context):
             built = {layer: layer.to_dense() for layer in names}
-    for layer, new in built.items():
-        if layer is model:
-            return new
-        for name in names[layer]:
-            model.set_submodule(name, new)
-    tell_transformers(model)
+    if model in built:
+        return built[model]
+    _put(model, {name: new for layer, new in built.items() for name in names[layer]})
     return model
+
+
+def _put(model: nn.Module, places: Mapping[str, nn.Module]) -> None:
+    """Each where it is named, or, if anything raises, none."""
+    before = {name: model.get_submodule(name) for name in places}
+    try:
+        for name, new in places.items():
+            model.set_submodule(name, new)
+        tell_transformers(model)
+    except BaseException:
+        for name, old in before.items():
+            if model.get_submodule(name) is not old:
+                model.set_submodule(name, old)
+        raise
 
 
 def _names(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[Any, list[str]]:

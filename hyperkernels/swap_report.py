@@ -9,11 +9,16 @@ from torch import nn
 
 
 def tell_transformers(model: nn.Module) -> None:
-    """A Hugging Face model keeps account of its hyper layers, so that `save_pretrained` saves them."""
-    if any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
-        from hyperkernels.huggingface import remember
+    """A Hugging Face model, this or what it wraps, keeps account of its hyper layers, so that `save_pretrained` saves
+    them."""
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        within = any(not path or name.startswith(f"{path}.") for path in outer)
+        if not within and any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__):
+            from hyperkernels.huggingface import remember
 
-        remember(model)
+            outer.append(name)
+            remember(module)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Swap(NamedTuple):
     names: list[str]
     learned: list[bool]
 
+    def let_learn(self) -> None:
+        """The layer's parameters, as before."""
+        for parameter, learns in zip(self.layer.parameters(), self.learned):
+            parameter.requires_grad_(learns)
+
 
 @dataclass
 class SwapReport:
@@ -77,11 +87,10 @@ class SwapReport:
                     raise ValueError(
                         f"model: {name!r} is no longer the layer that was put there, so nothing is restored"
                     )
-        for layer, _, names, learned in self.swaps:
-            for parameter, learns in zip(layer.parameters(), learned):
-                parameter.requires_grad_(learns)
-            for name in names:
-                self.model.set_submodule(name, layer)  # type: ignore[union-attr]
+        for swap in self.swaps:
+            swap.let_learn()
+            for name in swap.names:
+                self.model.set_submodule(name, swap.layer)  # type: ignore[union-attr]
         if self.swaps and self.model is not None:
             tell_transformers(self.model)
         self.swaps.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ class AbsentWeight(Tensor):
                 if found is not NotImplemented:
                     return found
         if function not in AS_IT_IS:
-            name = name_of(function)
-            check_in_place(name)
-            args, kwargs = pytree.tree_map_only(AbsentWeight, lambda weight: _formed_for(name, weight), (args, kwargs))
+            check_in_place(function)
+            form_it = partial(_formed_for, function)
+            args, kwargs = pytree.tree_map_only(AbsentWeight, form_it, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
@@ -109,6 +110,9 @@ class GeneratedWeight(AbsentWeight):
         shape = tuple(shape)
         grid = grid_of_weight(hidden, head, _matrix(shape))
         check_head_bias(head_bias, grid, head, shape[2:])
+        if not isinstance(scale, (int, float)) and not (isinstance(scale, Tensor) and scale.numel() == 1):
+            got = f"a tensor of {scale.numel()}" if isinstance(scale, Tensor) else repr(scale)
+            raise ValueError(f"scale: got {got}, wanted a number, or a tensor of one")
         weight = absent(cls, head, shape)
         weight.hidden, weight.head, weight.scale = hidden, head, scale
         weight.contexts = hidden.shape[0] if len(hidden.shape) == 4 else 1
@@ -116,8 +120,11 @@ class GeneratedWeight(AbsentWeight):
         return weight
 
 
-def check_in_place(name: str) -> None:
-    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE:
+def check_in_place(function: Any) -> None:
+    if torch.compiler.is_compiling():  # who traces cannot read a function's name
+        return
+    name = name_of(function)
+    if (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE:
         raise RuntimeError(f"{name}: a generated weight cannot be changed in place; change what generates it")
 
 
@@ -152,13 +159,16 @@ def _form(weight: AbsentWeight) -> Tensor:
     return formed.reshape(shape if contexts == 1 else (contexts, *shape))
 
 
-def _formed_for(name: str, weight: AbsentWeight) -> Tensor:
+def _formed_for(function: Any, weight: AbsentWeight) -> Tensor:
     contexts, shape = weight.contexts, shape_of(weight)
     if contexts > 1:
+        name = name_of(function)
         raise RuntimeError(f"{name}: got a generated weight of {contexts} contexts, wanted one: W is not one tensor")
-    if name not in _warned and len(shape) > 1:
-        _warned.add(name)
-        warn_at_users_line(f"{name} forms a generated weight; F.linear, F.conv2d and matmul do not")
+    if len(shape) > 1 and not torch.compiler.is_compiling():
+        name = name_of(function)
+        if name not in _warned:
+            _warned.add(name)
+            warn_at_users_line(f"{name} forms a generated weight; F.linear, F.conv2d and matmul do not")
     return form(weight)
 
 
@@ -221,6 +231,9 @@ def _transposed(weight: Any) -> Any:
 
 
 def _swapped(weight: Any, dim0: int, dim1: int) -> Any:
+    dims = len(shape_of(weight))
+    if not -dims <= min(dim0, dim1) <= max(dim0, dim1) < dims:
+        raise IndexError(f"dim0, dim1: got {dim0}, {dim1}, wanted {-dims} to {dims - 1}")
     return _transposed(weight) if {dim0 % 2, dim1 % 2} == {0, 1} else NotImplemented
 
 
@@ -291,9 +304,25 @@ TOLD: dict[Any, Callable[..., Any]] = {
     Tensor.register_hook: lambda weight, hook: _learns(weight).register_hook(hook),
 }
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+IN_PLACE |= {"__setitem__", "__set__"}
 AS_IT_IS = {
-    *(_getter(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
+    *(_getter(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cpu", "is_cuda", "is_meta")),
+    *(
+        _getter(name)
+        for name in (
+            "is_nested",
+            "is_sparse",
+            "is_sparse_csr",
+            "is_quantized",
+            "is_mkldnn",
+            "grad",
+            "_base",
+            "_version",
+        )
+    ),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size", "__len__")),
+    *(getattr(Tensor, name) for name in ("stride", "storage_offset", "is_contiguous", "get_device", "is_complex")),
+    *(getattr(Tensor, name) for name in ("is_inference", "is_conj", "is_neg", "_is_view", "untyped_storage")),
     torch.is_floating_point,
     torch.numel,
 }

@@ -62,6 +62,32 @@ def test_save_pretrained_and_from_pretrained(config, tmp_path):
         assert one.requires_grad == other.requires_grad
 
 
+@pytest.mark.parametrize("config", [CONFIGS["replaced"], CONFIGS["one_head"]], ids=["replaced", "one_head"])
+def test_a_model_that_is_wrapped_is_saved_too(config, tmp_path):
+    """As Lightning's modules wrap one."""
+    wrapper = nn.Module()
+    wrapper.model = gpt2()
+    hk.hyperize_(wrapper, config)
+    wrapper.model.save_pretrained(tmp_path)
+    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(found), logits(wrapper.model))
+    hk.merge_(wrapper)
+    wrapper.model.save_pretrained(tmp_path / "merged")
+    merged = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged), logits(found), rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_loaded_is_no_quantized_model_to_train(tmp_path):
+    """Trainers refuse those; and once it is dense again, nothing of it is left."""
+    gpt2(CONFIGS["replaced"]).save_pretrained(tmp_path)
+    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert found.hf_quantizer.is_trainable
+    assert found.hf_quantizer.is_qat_trainable
+    hk.merge_(found)
+    assert not getattr(found, "is_quantized", False)
+    assert not hasattr(found, "hf_quantizer")
+
+
 def test_a_head_shared_between_layers_is_saved_once_and_shared_again(tmp_path):
     model = gpt2(CONFIGS["one_head"])
     model.save_pretrained(tmp_path)

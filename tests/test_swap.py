@@ -179,6 +179,35 @@ def test_nothing_changes_when_it_raises():
     assert list(model.modules()) == before
 
 
+class Refusing(nn.Module):
+    """It will not have its second layer replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def __setattr__(self, name, value):
+        if name == "b" and "b" in self._modules:
+            raise RuntimeError("b stays")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("mode", ["replace", "residual"])
+def test_a_place_that_refuses_leaves_all_as_they_were(mode):
+    model = Refusing()
+    before = list(model.modules())
+    with pytest.raises(RuntimeError, match="b stays"):
+        hk.hyperize_(model, hk.HyperConfig(width=2, mode=mode))
+    assert list(model.modules()) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model._modules |= {name: hk.HyperLinear(8, 8, width=2) for name in "ab"}
+    before = list(model.modules())
+    with pytest.raises(RuntimeError, match="b stays"):
+        hk.merge_(model)
+    assert list(model.modules()) == before
+    assert list(model.modules()) == before
+
+
 def test_patterns_say_what_is_built_where():
     model = mlp()
     configs = {r"2\..*": hk.HyperConfig(width=3), "3": None, r"0": hk.HyperConfig(width=5, mode="fit", chunk=(4, 4))}

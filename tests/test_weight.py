@@ -178,6 +178,58 @@ def test_compiled_without_a_break():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*forms a generated weight")
+def test_compiled_functions_take_it_form_it_and_read_it_from_a_layer():
+    """Given from without; in an operation that forms it; and through a layer's `.weight`."""
+    hidden, head = torch.randn(2, 3, 6), torch.randn(6, 4, 5)
+    weight, v, dense = GeneratedWeight(hidden, head, (8, 14)), torch.randn(3, 14), nn.Linear(14, 8)
+    layer = hk.HyperLinear(14, 8, width=4)
+    runs = {
+        "given": (lambda w: torch.func.functional_call(dense, {"weight": w}, v), weight),
+        "formed": (lambda h: GeneratedWeight(h, head, (8, 14)).sum(), hidden),
+        "read": (lambda v: F.linear(v, layer.weight, layer.bias), v),
+        "static layer": (layer, v),
+    }
+    for name, (run, given) in runs.items():
+        torch.compiler.reset()
+        found = torch.compile(run, fullgraph=True, backend="aot_eager")(given)
+        torch.testing.assert_close(found, run(given), msg=name)
+
+
+def test_a_compiled_function_takes_one_weight_after_another():
+    """None of them is built into the graph; and of many contexts too."""
+    dense, v = nn.Linear(14, 8), torch.randn(3, 14)
+    run = lambda w, v: torch.func.functional_call(dense, {"weight": w}, v)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for scale in (1.0, 2.0):
+        hidden, head = torch.randn(2, 3, 6, requires_grad=True), torch.randn(6, 4, 5)
+        weight = GeneratedWeight(hidden, head, (8, 14), scale=torch.tensor(scale))
+        torch.testing.assert_close(compiled(weight, v), run(weight, v))
+        (got,) = torch.autograd.grad(compiled(weight, v).square().sum(), hidden)
+        (wanted,) = torch.autograd.grad(run(weight, v).square().sum(), hidden)
+        torch.testing.assert_close(got, wanted)
+    many = GeneratedWeight(hk.AdditiveHidden(torch.randn(3, 6), torch.randn(2, 3, 6), "tanh"), head, (8, 14))
+    x = torch.randn(3, 5, 14)
+    torch.testing.assert_close(compiled(many, x), run(many, x))
+
+
+def test_what_would_be_lost_or_taken_wrongly_is_refused():
+    weight = GeneratedWeight(torch.randn(2, 3, 6), torch.randn(6, 4, 5), (8, 14))
+    for name in ("data", "grad"):
+        with pytest.raises(RuntimeError, match="cannot be changed in place"):
+            setattr(weight, name, torch.zeros(8, 14))
+    with pytest.raises(IndexError):
+        weight.transpose(0, 5)
+    for scale in (torch.ones(5), "2", None):
+        with pytest.raises(ValueError, match="scale: got"):
+            GeneratedWeight(weight.hidden, weight.head, (8, 14), scale=scale)
+    with pytest.raises(ValueError, match="padding_idx: got 8, wanted -8 to 7"):
+        F.embedding(torch.tensor([1]), weight, padding_idx=8)
+    with pytest.raises(TypeError, match=r"input: got torch.float32"):
+        F.embedding(torch.tensor([1.5]), weight)
+    torch.testing.assert_close(weight.materialize(), hk.generate_weight(weight.hidden, weight.head, (8, 14)))
+
+
 def test_a_large_weight_is_never_there():
     hidden, head = torch.randn(128, 32, 8), torch.randn(8, 32, 128)
     v = torch.randn(2, 4096)

@@ -173,7 +173,7 @@ class HyperLayer(nn.Module):
             given: dict[str, Any] = {"context_ids": ids, "order": self.order, "backend": self.backend}
             return GeneratedWeight(self._split_bias(hidden)[0], self.head, shape, **given)
 
-        return DeferredWeight(self.head, shape, made)
+        return made() if torch.compiler.is_compiling() else DeferredWeight(self.head, shape, made)
 
     @classmethod
     def from_dense(

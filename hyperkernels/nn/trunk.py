@@ -165,7 +165,8 @@ class FreeTrunk(nn.Module):
     def forward(self, context: Tensor | None = None) -> Tensor | AdditiveHidden:
         z = context_for(context, self.context_features)
         if self.context_layer is None:  # what counts FLOPs looks for the graph of a module's result, if it may learn
-            return self.chunks.detach() if torch.is_inference_mode_enabled() else self.chunks
+            inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            return self.chunks.detach() if inference else self.chunks
         return AdditiveHidden(self.context_layer(z), self.chunks, "identity")
 
     def extra_repr(self) -> str:
