@@ -300,6 +300,7 @@ GENERATED: dict[Any, Callable[..., Any]] = {
 TOLD: dict[Any, Callable[..., Any]] = {
     _getter("requires_grad"): _requires_grad,
     _getter("is_leaf"): lambda weight: not _requires_grad(weight),
+    _getter("grad"): lambda weight: None,  # what generates it has them
     _getter("grad_fn"): lambda weight: _learns(weight).grad_fn,
     Tensor.register_hook: lambda weight, hook: _learns(weight).register_hook(hook),
 }
@@ -307,19 +308,8 @@ IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordi
 IN_PLACE |= {"__setitem__", "__set__"}
 AS_IT_IS = {
     *(_getter(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cpu", "is_cuda", "is_meta")),
-    *(
-        _getter(name)
-        for name in (
-            "is_nested",
-            "is_sparse",
-            "is_sparse_csr",
-            "is_quantized",
-            "is_mkldnn",
-            "grad",
-            "_base",
-            "_version",
-        )
-    ),
+    *(_getter(name) for name in ("is_nested", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn")),
+    *(_getter(name) for name in ("_base", "_version")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size", "__len__")),
     *(getattr(Tensor, name) for name in ("stride", "storage_offset", "is_contiguous", "get_device", "is_complex")),
     *(getattr(Tensor, name) for name in ("is_inference", "is_conj", "is_neg", "_is_view", "untyped_storage")),
@@ -327,6 +317,4 @@ AS_IT_IS = {
     torch.numel,
 }
 FUNCTIONS: dict[type, dict[Any, Callable[..., Any]]] = {GeneratedWeight: GENERATED}
-FORM: dict[type, Callable[[Any], Tensor]] = {
-    GeneratedWeight: _form,
-}
+FORM: dict[type, Callable[[Any], Tensor]] = {GeneratedWeight: _form}

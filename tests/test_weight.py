@@ -196,6 +196,7 @@ def test_compiled_functions_take_it_form_it_and_read_it_from_a_layer():
         torch.testing.assert_close(found, run(given), msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo reads it
 def test_a_compiled_function_takes_one_weight_after_another():
     """None of them is built into the graph; and of many contexts too."""
     dense, v = nn.Linear(14, 8), torch.randn(3, 14)
