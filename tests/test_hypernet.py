@@ -260,3 +260,28 @@ def test_a_state_is_all_that_is_generated(layout):
     one, other = make(), make()
     other.load_state_dict(one.state_dict())
     assert all(torch.equal(form(w), form(v)) for w, v in zip(one().values(), other().values()))
+
+
+def test_a_state_that_does_not_fit_is_refused_before_any_of_it_is_loaded():
+    net = hk.HyperNet({"a": (8, 6), "b": (6, 8)}, context_features=3, width=4, chunk=(2, 2))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    other = {name: value + 1 for name, value in before.items()}
+    damaged = {
+        r"embedding of shape \[23, 4\], wanted \[24, 4\]": other | {"embedding": other["embedding"][1:]},
+        "no embedding": {name: value for name, value in other.items() if name != "embedding"},
+        "colour, which is none here": other | {"colour": torch.ones(2)},
+    }
+    for match, state in damaged.items():
+        with pytest.raises(RuntimeError, match=match):
+            net.load_state_dict(state)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.load_state_dict({"scales": other["scales"]}, strict=False).missing_keys
+    net.load_state_dict(other)
+    assert torch.equal(net.embedding, other["embedding"])
+
+
+@pytest.mark.parametrize("encoder", [hk.nn.Noise(4), hk.nn.Tasks(7, 4), hk.nn.Tasks(7, 3, beside=1)], ids=str)
+def test_an_encoder_of_another_size_is_refused(encoder):
+    with pytest.raises(ValueError, match="encoder: got one of 4 features, wanted context_features=5"):
+        hk.HyperNet({"a": (8, 6)}, context_features=5, encoder=encoder)
+    hk.HyperNet({"a": (8, 6)}, context_features=4, encoder=encoder)

@@ -49,8 +49,9 @@ def second_moments(shapes, **settings):
 def test_a_generated_bias_takes_its_half_of_the_variance():
     found = second_moments({"fc.weight": (128, 64), "fc.bias": (128,), "out.weight": (32, 128)})
     assert found == pytest.approx({"fc.weight": 1 / 64, "fc.bias": 1, "out.weight": 2 / 128}, rel=0.15)
-    found = second_moments({"fc.weight": (128, 64), "fc.bias": (128,)}, init="fan_out", nonlinearity="linear")
-    assert found == pytest.approx({"fc.weight": 1 / 128, "fc.bias": 0.5}, rel=0.15)
+    for nonlinearity, c in (("linear", 1), ("relu", 2)):
+        found = second_moments({"fc.weight": (128, 64), "fc.bias": (128,)}, init="fan_out", nonlinearity=nonlinearity)
+        assert found == pytest.approx({"fc.weight": c / 128, "fc.bias": c / 2}, rel=0.15)
 
 
 class Deep(nn.Module):

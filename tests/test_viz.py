@@ -49,6 +49,13 @@ def test_filters_form_their_own_chunks_alone():
     torch.testing.assert_close(viz._corner(flat, 20, 3, 2), form(flat)[2, :20, :3])
 
 
+def test_maps_and_similarities_form_no_weight():
+    weights = hk.HyperNet({"w": (512, 1024)}, context_features=3, width=4, chunk=(16, 32))(torch.randn(9, 3))
+    for draw in (lambda: viz.chunks(weights["w"]), lambda: viz.similarity(weights), lambda: viz.pca(weights)):
+        draw()
+        assert peak_bytes(draw) < 512 * 1024 * 4 / 2
+
+
 def test_chunks_similarity_and_principal_components(tmp_path):
     weights = make()(torch.randn(6, 3))
     w = torch.cat([form(weight).flatten(1) for weight in weights.values()], 1).detach().double()

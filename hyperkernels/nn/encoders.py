@@ -37,7 +37,7 @@ class Tasks(nn.Embedding):
         if not isinstance(beside, int) or beside < 0:
             raise ValueError(f"beside: got {beside!r}, wanted 0 or more")
         super().__init__(count, features, **factory)
-        self.beside = beside
+        self.beside, self.features = beside, features + beside
 
     def forward(self, *given: Tensor) -> Tensor:  # type: ignore[override]
         *beside, input = given

@@ -15,6 +15,7 @@ from hyperkernels.form import autocast_enabled
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import current_context, find_context
 from hyperkernels.nn.encoders import Descriptors
+from hyperkernels.nn.loading import check_state
 from hyperkernels.nn.start import moments, normal_contexts, start_heads_, start_scales
 from hyperkernels.nn.targets import (
     Chunk,
@@ -269,6 +270,11 @@ class HyperNet(nn.Module):
             given |= {"head_bias": bias[0] if bias else None, "context_ids": ids}
             weights[name] = GeneratedWeight(part, head, target.shape, **given)
         return weights
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but of a state that does not fit nothing is loaded."""
+        check_state(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _read(self, n: int, chunk: tuple[int, ...]) -> list[Tensor]:
         """Of head n, and its bias, as many numbers as the chunk has, in its shape."""

@@ -246,6 +246,9 @@ def check_parts(trunk: nn.Module | None, encoder: nn.Module | None, context_feat
             raise TypeError(f"{name}: got {type(module).__name__}, wanted a torch.nn.Module")
     if encoder is not None and context_features is None:
         raise ValueError("encoder: got one, wanted context_features, the size of what it makes")
+    makes = getattr(encoder, "features", context_features)
+    if makes != context_features:
+        raise ValueError(f"encoder: got one of {makes} features, wanted context_features={context_features}")
     takes = getattr(trunk, "context_features", context_features)
     if takes != context_features:
         raise ValueError(f"trunk: got one with context_features={takes}, wanted {context_features}, as is given here")
