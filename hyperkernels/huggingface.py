@@ -69,6 +69,7 @@ class HyperLayersQuantizer(HfQuantizer):
         left = {name: report.skipped.get(name, "it is no such layer") for name in configs.keys() - swapped}
         if left:
             raise ValueError(f"config.json: wants hyper layers where none can be: {left}")
+        _check_tensors(checkpoint_files, model, configs, here)
         for name, own in configs.items():
             model.get_submodule(name).config = own
         for path, other in config.heads.items():
@@ -128,6 +129,24 @@ def _check_files(files: Any, configs: Mapping[str, HyperConfig], modules: Any, h
                 owners = {here(re.split(r"\.(?:hypernet|change)\.", key)[0]) for key in opened.keys()}  # noqa: SIM118
             for name in sorted(owners & modules.keys() - configs.keys() - {""}):
                 raise ValueError(f"config.json: names no hyper layer {name!r}, of which {file} has the tensors")
+
+
+def _check_tensors(files: Any, model: Any, layers: Iterable[str], here: Callable[[str], str]) -> None:
+    """Of each hyper layer the file has the tensors that `config.json` makes it have, or fewer, of their shapes."""
+    wanted = {
+        f"{name}.{own}": list(value.shape)
+        for name in layers
+        for own, value in model.get_submodule(name).state_dict().items()
+    }
+    owners = tuple(f"{name}." for name in layers)
+    for file in files or []:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, "pt") as opened:
+                found = {here(key): opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+            for key, shape in found.items():
+                if key.startswith(owners) and shape != wanted.get(key):
+                    told = f"{key} of shape {wanted[key]}" if key in wanted else f"a layer without {key}"
+                    raise ValueError(f"config.json: wants {told}, of which {file} has one of shape {shape}")
 
 
 def remember(model: Any) -> None:

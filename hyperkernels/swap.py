@@ -106,6 +106,7 @@ def hyperize_(
             new: Any = parts[0]
             if configs[layer].mode == "residual":  # what is another's as well goes on learning there, a copy is frozen
                 new = HyperResidual(copy.deepcopy(layer) if _shared(model, layer, names[layer]) else layer, parts)
+                new.train(layer.training)
             new.config = configs[layer] if configs[layer].rank else replace(configs[layer], chunk=parts[0].chunk)
             places |= dict.fromkeys(names[layer], new)
             report.swaps.append(Swap(layer, new, names[layer], learned))
@@ -142,7 +143,7 @@ def _other_matrices(model: nn.Module) -> dict[str, str]:
     ).items():
         for own, parameter in module.named_parameters(recurse=False):
             stacked = parameter.dim() > 2 and min(parameter.shape) > 1  # experts, one on another
-            if stacked or (parameter.dim() > 1 and own.startswith("weight")):
+            if stacked or (parameter.dim() > 1 and "weight" in own):
                 found[name] = f"it is a {type(module).__name__}, neither nn.Linear nor nn.Conv"
     return found
 
@@ -237,8 +238,12 @@ def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], config: Hype
             return shared
         if layer is getattr(model, "get_output_embeddings", lambda: None)():
             return "it is the output head: HyperConfig(output_head=True) swaps it"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if any(hooks for name, hooks in vars(layer).items() if name.endswith("_hooks")):
         return "it has hooks"
+    if layer.weight._backward_hooks or layer.weight._post_accumulate_grad_hooks:
+        return "its weight has hooks"
+    if "forward" in vars(layer):  # as accelerate gives one, to move what is elsewhere
+        return "it has a forward of its own"
     return ""
 
 

@@ -239,18 +239,16 @@ def _swapped(weight: Any, dim0: int, dim1: int) -> Any:
 
 def _matmul(left: Tensor, right: Tensor) -> Any:
     if isinstance(left, GeneratedWeight):
-        if isinstance(right, GeneratedWeight) or right.dim() > 2:
+        if isinstance(right, GeneratedWeight):
             return NotImplemented
-        return _linear(right.T, left).T if right.dim() == 2 else _linear(right, left)
+        return _linear(right.mT, left).mT if right.dim() > 1 else _linear(right, left)
     turned = _transposed(right)
     return NotImplemented if turned is NotImplemented else _linear(left, turned)
 
 
 def _addmm(input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    if (beta, alpha) != (1, 1) or isinstance(input, GeneratedWeight):
-        return NotImplemented
-    product = _matmul(left, right)
-    return product if product is NotImplemented else input + product
+    product = NotImplemented if isinstance(input, GeneratedWeight) else _matmul(left, right)
+    return product if product is NotImplemented else beta * input + alpha * product
 
 
 def _getter(name: str) -> Any:
@@ -293,7 +291,8 @@ GENERATED: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_getter("T"), _getter("mT"), Tensor.t, torch.t), _transposed),
     **dict.fromkeys((Tensor.transpose, torch.transpose), _swapped),
     Tensor.to: _to,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.mv, Tensor.mv), _matmul),
     Tensor.__rmatmul__: lambda right, left: _matmul(left, right),
     torch.addmm: _addmm,
 }

@@ -173,21 +173,27 @@ def damaged(tmp_path, change_config=None, change_file=None):
     return tf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-HEAD = "transformer.h.0.attn.c_attn.head"
+LAYER = "transformer.h.0.attn.c_attn"
+HEAD = f"{LAYER}.head"
 
 
 @pytest.mark.parametrize(
     ("config", "file", "error", "match"),
     [
         (None, lambda t: t.pop(HEAD), ValueError, HEAD),
-        (None, lambda t: t.update({HEAD: t[HEAD][:3].clone()}), RuntimeError, "(?s)mismatch"),
+        (None, lambda t: t.update({HEAD: t[HEAD][:3].clone()}), ValueError, rf"wants {HEAD} of shape \[4, 8, 8\]"),
+        (None, lambda t: t.update({f"{LAYER}.weight": t[HEAD].clone()}), ValueError, f"without {LAYER}.weight"),
         (lambda c: c["layers"].update({"nowhere": {"width": 4}}), None, ValueError, "nowhere"),
         (lambda c: c["layers"].update({"transformer.ln_f": {"width": 4}}), None, ValueError, "ln_f"),
-        (lambda c: c["layers"]["transformer.h.0.attn.c_attn"].update(width=5), None, RuntimeError, "mismatch"),
+        (lambda c: c["layers"][LAYER].update(width=5), None, ValueError, rf"wants {LAYER}\.\S+ of shape"),
+        (lambda c: c["layers"][LAYER].update(bias=False), None, ValueError, f"without {LAYER}.bias"),
         (lambda c: c["layers"]["transformer.h.0.attn.c_attn"].update(wide=5), None, ValueError, "wide"),
         (lambda c: c["layers"].pop("transformer.h.0.attn.c_attn"), None, ValueError, "c_attn"),
     ],
-    ids=["tensor_missing", "tensor_of_another_size", "no_such_layer", "no_such_kind", "width", "unknown", "not_named"],
+    ids=[
+        *("tensor_missing", "tensor_of_another_size", "tensor_extra", "no_such_layer", "no_such_kind", "width", "bias"),
+        *("unknown", "not_named"),
+    ],
 )
 def test_a_file_and_a_configuration_that_disagree(config, file, error, match, tmp_path):
     with pytest.raises(error, match=match):

@@ -73,17 +73,26 @@ def test_what_is_left_alone_and_why():
             "encoder": nn.TransformerEncoderLayer(8, 2, 16),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
             "hooked": nn.Linear(8, 8),
+            "saving": nn.Linear(8, 8),
+            "watched": nn.Linear(8, 8),
+            "moved": nn.Linear(8, 8),
             "hyper": hk.HyperLinear(8, 8, width=2, context_features=3),
         }
     )
     model["hooked"].register_forward_hook(lambda *_: None)
+    model["saving"].register_state_dict_post_hook(lambda *_: None)
+    model["watched"].weight.register_hook(lambda _: None)
+    model["moved"].forward = model["moved"].forward
     report = hk.hyperize_(model, hk.HyperConfig(width=2))
     assert [layer.name for layer in report.swapped] == ["tied.body", "encoder.linear1", "encoder.linear2"]
     reasons = report.skipped
     assert reasons["tied.out"] == "its weight is shared with tied.embedding.weight"
     assert "NonDynamicallyQuantizableLinear" in reasons["attention.out_proj"]
+    assert reasons["attention"] == "it is a MultiheadAttention, neither nn.Linear nor nn.Conv"
     assert "normed" in reasons
-    assert reasons["hooked"] == "it has hooks"
+    assert reasons["hooked"] == reasons["saving"] == "it has hooks"
+    assert reasons["watched"] == "its weight has hooks"
+    assert reasons["moved"] == "it has a forward of its own"
     assert not any(name.startswith("hyper") for name in reasons)
 
 
@@ -445,3 +454,10 @@ def test_a_chunk_is_cropped_to_a_group(layer):
 def test_a_key_that_is_no_pattern_is_named():
     with pytest.raises(TypeError, match="config: got the key 0, wanted a regular expression"):
         hk.hyperize_(nn.Sequential(nn.Linear(8, 8)), {0: hk.HyperConfig()})
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_change_is_in_the_mode_of_its_layer(training):
+    model = mlp().train(training)
+    hk.hyperize_(model, hk.HyperConfig(width=2, mode="residual"))
+    assert {module.training for module in model.modules()} == {training}

@@ -38,6 +38,9 @@ RUNS = {
     "x @ W.t()": lambda w: torch.matmul(x, w.t()),
     "W @ x": lambda w: w @ x.T,
     "W @ vector": lambda w: w @ x[0],
+    "W @ batch": lambda w: w @ torch.stack([x.T, 2 * x.T]),
+    "mv": lambda w: w.mv(x[0]),
+    "addmm, scaled": lambda w: torch.addmm(torch.ones(B, N).double(), x, w.T, beta=2, alpha=0.5),
     "mm": lambda w: torch.mm(w, x.T),
     "x @ W.mT": lambda w: x.view(3, 3, K) @ w.mT,
     "transpose": lambda w: x @ w.transpose(0, 1),
@@ -229,6 +232,18 @@ def test_what_would_be_lost_or_taken_wrongly_is_refused():
     with pytest.raises(TypeError, match=r"input: got torch.float32"):
         F.embedding(torch.tensor([1.5]), weight)
     torch.testing.assert_close(weight.materialize(), hk.generate_weight(weight.hidden, weight.head, (8, 14)))
+
+
+@pytest.mark.filterwarnings("ignore:.*forms a generated weight")
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_that_reads_its_layers_weight(training):
+    """It takes `out_proj.weight` past the layer, and its fast path looks at it."""
+    attention, v = nn.MultiheadAttention(8, 2, batch_first=True).train(training), torch.randn(3, 5, 8)
+    weight = GeneratedWeight(torch.randn(2, 2, 6), torch.randn(6, 4, 4), (8, 8))
+    run = lambda w: torch.func.functional_call(attention, {"out_proj.weight": w}, (v, v, v))[0]  # noqa: E731
+    torch.testing.assert_close(run(weight), run(form(weight)))
+    hk.hyperize_(attention, hk.HyperConfig(width=2), lambda *_: True)  # it stays as it is, and right
+    torch.testing.assert_close(run(weight), run(form(weight)))
 
 
 def test_a_large_weight_is_never_there():
