@@ -14,6 +14,7 @@ from hyperkernels.form import check_ids, grid_of_weight
 from hyperkernels.hidden import ACTIVATIONS, AdditiveHidden
 from hyperkernels.operators import check_context_ids
 from hyperkernels.planner import workspace_bytes
+from hyperkernels.watched import transformed
 from hyperkernels.weight import GENERATED, GeneratedWeight, is_one, shape_of
 
 
@@ -44,7 +45,7 @@ def _embedding(
 
 
 def _check(name: str, ids: Tensor, low: int, high: int) -> None:
-    if ids.numel() and not (ids.is_meta or torch.compiler.is_compiling()) and not low <= ids.min() <= ids.max() <= high:
+    if ids.numel() and not (ids.is_meta or transformed()) and not low <= ids.min() <= ids.max() <= high:
         raise IndexError(f"{name}: got {ids.min()} to {ids.max()}, wanted {low} to {high}")
 
 

@@ -61,6 +61,10 @@ def test_swapped_run_trained_and_merged(name):
     case.model.eval()
     before = {name: type(layer) for name, layer in case.model.named_modules()}
     dense = case.model(**case.inputs).logits
+    dense.square().sum().backward()
+    case.model.zero_grad()
+    if case.model.can_generate():
+        assert torch.equal(generated(case), generated(case, use_cache=False))
     report = hk.hyperize_(case.model, hk.HyperConfig(width=4))
     assert len(report.swapped) == case.layers
     logits = case.model(**case.inputs).logits

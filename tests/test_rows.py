@@ -153,3 +153,9 @@ def test_the_rest_forms_the_weight_and_says_so():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert F.embedding(torch.tensor([1]), weight, scale_grad_by_freq=True).shape == (1, K)
+
+
+def test_rows_by_ids_under_vmap():
+    weight = hk.GeneratedWeight(torch.randn(2, 3, 6), torch.randn(6, 4, 5), (8, 14))
+    ids = torch.tensor([[0, 2], [3, 7]])
+    torch.testing.assert_close(torch.vmap(lambda own: F.embedding(own, weight))(ids), F.embedding(ids, weight))
