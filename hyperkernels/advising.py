@@ -11,8 +11,7 @@ import torch
 from hyperkernels.backends import choose_backend, plan_call
 from hyperkernels.backends.torch_blocks import MACHINES
 from hyperkernels.call import Call
-from hyperkernels.chunking import Grid, ceil_div
-from hyperkernels.nn.trunk import check_sizes
+from hyperkernels.chunking import Grid, ceil_div, check_sizes
 from hyperkernels.planner import default_chunk
 
 WIDTHS = (4, 8, 16, 32, 64, 128)

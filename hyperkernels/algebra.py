@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperkernels import matrices
-from hyperkernels.chunking import Grid
+from hyperkernels.chunking import Grid, check_sizes
 from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight
 from hyperkernels.functional import hyper_linear
-from hyperkernels.matrices import Matrix, unrounded
-from hyperkernels.nn.trunk import check_sizes
+from hyperkernels.matrices import Matrix, all_of, unrounded
 from hyperkernels.weight import AbsentWeight, shape_of
 
 
@@ -43,23 +42,6 @@ def _check_pair(left: Matrix, right: Matrix, name: str = "b") -> tuple[Matrix, M
     if min(own, other) > 1 and own != other:
         raise ValueError(f"{name}: got {other} contexts, wanted {own}, or one")
     return _check_chunks(left, right, name)
-
-
-def _all(weights: Mapping[str, AbsentWeight], argument: str = "weights") -> dict[str, Matrix]:
-    """Of as many contexts each."""
-    if not isinstance(weights, Mapping):
-        raise TypeError(
-            f"{argument}: got {type(weights).__name__}, wanted generated weights by name, as a HyperNet returns them"
-        )
-    found = {name: Matrix.of(weight, f"{argument}[{name!r}]") for name, weight in weights.items()}
-    if not found:
-        raise ValueError(f"{argument}: got none, wanted at least one")
-    wanted = next(iter(found.values())).hidden.shape[0]
-    for name, matrix in found.items():
-        if matrix.hidden.shape[0] != wanted:
-            got = matrix.hidden.shape[0]
-            raise ValueError(f"{argument}[{name!r}]: got {got} contexts, wanted {wanted}, as the first has")
-    return found
 
 
 def _root(square: Tensor) -> Tensor:
@@ -251,7 +233,7 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
 
     Source: von Oswald et al. 2020 (Continual learning with hypernetworks), equation 2.
     """
-    own, others = _all(weights), _all(earlier, "earlier")
+    own, others = all_of(weights), all_of(earlier, "earlier")
     if own.keys() != others.keys():
         raise ValueError(f"earlier: got {sorted(others)}, wanted {sorted(own)}")
     couples = [_check_pair(own[name], others[name], f"earlier[{name!r}]") for name in own]
@@ -298,4 +280,4 @@ def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWe
 @unrounded
 def total_norm(weights: Mapping[str, AbsentWeight]) -> Tensor:
     """`sqrt(sum_l ||W_l||^2)` over all that a hypernetwork generates: `[G]`, or a number."""
-    return _each(_root(matrices.sum_of_squares(_all(weights).values())))
+    return _each(_root(matrices.sum_of_squares(all_of(weights).values())))

@@ -63,3 +63,9 @@ def check_chunk(chunk: tuple[int, int]) -> tuple[int, int]:
     if not (isinstance(chunk, (tuple, list)) and len(chunk) == 2 and all(isinstance(c, int) and c > 0 for c in chunk)):
         raise ValueError(f"chunk: got {chunk!r}, wanted (rows, cols), positive integers")
     return chunk[0], chunk[1]
+
+
+def check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"{name}: got {size!r}, wanted a positive integer")

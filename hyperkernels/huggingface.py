@@ -16,7 +16,7 @@ of weights that are missing, and gives a model of random layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -62,14 +62,13 @@ class HyperLayersQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         here = _names_in(model, config.layers)
         configs = {here(name): own for name, own in config.configs().items() if here(name)}
-        _check_files(checkpoint_files, configs, dict(model.named_modules()), here)
         built = {re.escape(name): replace(own, share_head=False, output_head=True) for name, own in configs.items()}
         report = hyperize_(model, built)
         swapped = {layer.name for layer in report.swapped}
         left = {name: report.skipped.get(name, "it is no such layer") for name in configs.keys() - swapped}
         if left:
             raise ValueError(f"config.json: wants hyper layers where none can be: {left}")
-        _check_tensors(checkpoint_files, model, configs, here)
+        _check_files(checkpoint_files, model, configs, here)
         for name, own in configs.items():
             model.get_submodule(name).config = own
         for path, other in config.heads.items():
@@ -121,32 +120,27 @@ def _names_in(model: Any, layers: Iterable[str]) -> Callable[[str], str]:
     raise ValueError(f"config.json: names hyper layers {missing}, which a {type(model).__name__} does not have")
 
 
-def _check_files(files: Any, configs: Mapping[str, HyperConfig], modules: Any, here: Callable[[str], str]) -> None:
-    """No file may have a hyper layer's tensors for what is to stay dense: transformers would only warn."""
-    for file in files or []:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, "pt") as opened:
-                owners = {here(re.split(r"\.(?:hypernet|change)\.", key)[0]) for key in opened.keys()}  # noqa: SIM118
-            for name in sorted(owners & modules.keys() - configs.keys() - {""}):
-                raise ValueError(f"config.json: names no hyper layer {name!r}, of which {file} has the tensors")
-
-
-def _check_tensors(files: Any, model: Any, layers: Iterable[str], here: Callable[[str], str]) -> None:
-    """Of each hyper layer the file has the tensors that `config.json` makes it have, or fewer, of their shapes."""
+def _check_files(files: Any, model: Any, layers: Iterable[str], here: Callable[[str], str]) -> None:
+    """A hyper layer's tensors are those that `config.json` makes it have, or fewer, of their shapes, and no other layer
+    has such: transformers would only warn."""
+    modules, known = dict(model.named_modules()), {*layers, ""}
     wanted = {
         f"{name}.{own}": list(value.shape)
         for name in layers
         for own, value in model.get_submodule(name).state_dict().items()
     }
-    owners = tuple(f"{name}." for name in layers)
     for file in files or []:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, "pt") as opened:
-                found = {here(key): opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-            for key, shape in found.items():
-                if key.startswith(owners) and shape != wanted.get(key):
-                    told = f"{key} of shape {wanted[key]}" if key in wanted else f"a layer without {key}"
-                    raise ValueError(f"config.json: wants {told}, of which {file} has one of shape {shape}")
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, "pt") as opened:
+            found = {here(key): opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        for key, shape in found.items():
+            owner = re.split(r"\.(?:hypernet|change)\.", key)[0]
+            if owner in modules.keys() - known:
+                raise ValueError(f"config.json: names no hyper layer {owner!r}, of which {file} has the tensors")
+            if key.startswith(tuple(f"{name}." for name in layers)) and shape != wanted.get(key):
+                told = f"{key} of shape {wanted[key]}" if key in wanted else f"a layer without {key}"
+                raise ValueError(f"config.json: wants {told}, of which {file} has one of shape {shape}")
 
 
 def remember(model: Any) -> None:
@@ -163,11 +157,7 @@ def remember(model: Any) -> None:
         model.config.quantization_config = HyperLayersConfig(layers=layers, heads=heads)  # type: ignore[call-arg]
     elif isinstance(getattr(model.config, "quantization_config", None), HyperLayersConfig):
         del model.config.quantization_config
-        for name in (
-            "hf_quantizer",
-            "is_quantized",
-            "quantization_method",
-        ):  # of one that was loaded, and is dense again
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # of one that was loaded
             vars(model).pop(name, None)
 
     own, before = _own_ties(model), model.all_tied_weights_keys

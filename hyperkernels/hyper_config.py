@@ -9,8 +9,7 @@ from typing import Any
 
 from hyperkernels.backends import check_backend
 from hyperkernels.call import check_order
-from hyperkernels.chunking import check_chunk
-from hyperkernels.nn.trunk import check_sizes
+from hyperkernels.chunking import check_chunk, check_sizes
 
 MODES = ("replace", "fit", "residual")
 

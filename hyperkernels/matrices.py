@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from math import prod
 from typing import Any, NamedTuple
@@ -90,6 +90,23 @@ class Matrix(NamedTuple):
             hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
         scale = weight.scale.reshape(()).to(dtype) if isinstance(weight.scale, Tensor) else weight.scale
         return cls(hidden, head, scale, cut, key)
+
+
+def all_of(weights: Mapping[str, AbsentWeight], argument: str = "weights") -> dict[str, Matrix]:
+    """Of weights by name, of as many contexts each."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"{argument}: got {type(weights).__name__}, wanted generated weights by name, as a HyperNet returns them"
+        )
+    found = {name: Matrix.of(weight, f"{argument}[{name!r}]") for name, weight in weights.items()}
+    if not found:
+        raise ValueError(f"{argument}: got none, wanted at least one")
+    wanted = next(iter(found.values())).hidden.shape[0]
+    for name, matrix in found.items():
+        if matrix.hidden.shape[0] != wanted:
+            got = matrix.hidden.shape[0]
+            raise ValueError(f"{argument}[{name!r}]: got {got} contexts, wanted {wanted}, as the first has")
+    return found
 
 
 class Part(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperkernels.nn.trunk import check_sizes
+from hyperkernels.chunking import check_sizes
 from hyperkernels.weight import AbsentWeight
 
 

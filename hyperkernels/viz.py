@@ -3,7 +3,7 @@ matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hyperkernels import algebra
-from hyperkernels.chunking import ceil_div
+from hyperkernels.chunking import ceil_div, check_sizes
 from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.nn.trunk import check_sizes
+from hyperkernels.matrices import Matrix, all_of
 from hyperkernels.weight import AbsentWeight, GeneratedWeight, form
 
 Weights = GeneratedWeight | Mapping[str, GeneratedWeight]
@@ -109,7 +109,7 @@ def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:
 
     Arguments, result and errors as of `filters`, of a weight of any shape.
     """
-    _check_weights("weight", [weight])
+    Matrix.of(weight, "weight")  # or raises
     norms = algebra.chunk_norms(weight)
     _check_context(context, len(norms))
     axis = _axis(axis)
@@ -120,17 +120,12 @@ def chunks(weight: GeneratedWeight, context: int = 0, axis: Any = None) -> Any:
 
 
 def _gram(weights: Weights, centred: bool = False) -> Tensor:
-    own = weights if isinstance(weights, Mapping) else {"": weights}
-    if not own:
-        raise ValueError("weights: got none, wanted at least one")
-    _check_weights("weights", own.values())
+    if not isinstance(weights, Mapping):
+        Matrix.of(weights, "weights")  # or raises
+        weights = {"": weights}
+    all_of(weights)
     with torch.no_grad():
-        found = {name: algebra.gram(weight, centred=centred) for name, weight in own.items()}
-    first = next(iter(found.values()))
-    for name, gram in found.items():
-        if len(gram) != len(first):
-            raise ValueError(f"weights[{name!r}]: got {len(gram)} contexts, wanted {len(first)}, as the first has")
-    return torch.stack(list(found.values())).sum(0).double().cpu()
+        return torch.stack([algebra.gram(weight, centred=centred) for weight in weights.values()]).sum(0).double().cpu()
 
 
 def similarity(weights: Weights, names: Sequence[str] | None = None, axis: Any = None) -> Any:
@@ -176,12 +171,6 @@ def pca(weights: Weights, names: Sequence[str] | None = None, axis: Any = None) 
     axis.set(xlabel=labels[0], ylabel=labels[1], title="contexts by their weights")
     axis.grid(alpha=0.3)
     return axis
-
-
-def _check_weights(name: str, weights: Iterable[Any]) -> None:
-    for weight in weights:
-        if not isinstance(made(weight), AbsentWeight):
-            raise TypeError(f"{name}: got {type(weight).__name__}, wanted what a HyperNet generates")
 
 
 def _check_context(context: int, count: int) -> None:

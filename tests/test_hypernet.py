@@ -285,3 +285,15 @@ def test_an_encoder_of_another_size_is_refused(encoder):
     with pytest.raises(ValueError, match="encoder: got one of 4 features, wanted context_features=5"):
         hk.HyperNet({"a": (8, 6)}, context_features=5, encoder=encoder)
     hk.HyperNet({"a": (8, 6)}, context_features=4, encoder=encoder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [(nn.ConvTranspose1d, {}), (nn.ConvTranspose3d, {}), (nn.ConvTranspose2d, {"layout": "flat", "chunk": 9})],
+    ids=["1d", "3d", "flat"],
+)
+def test_layers_that_would_have_their_weight_formed_are_no_targets(kind, layout):
+    model = nn.Sequential(nn.Linear(4, 4), kind(4, 4, 3))
+    with pytest.raises(ValueError, match=f"targets: got {kind.__name__} '1' in the layout"):
+        hk.HyperNet(model, **layout)
+    assert len(hk.HyperNet(model, filter_fn=lambda _layer, name: name == "0", **layout).targets) == 1

@@ -150,7 +150,7 @@ def test_a_head_is_drawn_small_along_what_repeats_and_along_no_more():
         found[..., 1] = torch.randn(len(z), 1, J)
         return found
 
-    (own,) = moments(hidden, torch.randn(512, 3), [(slice(None), J)], nn.Identity())
+    (own,) = moments(hidden, torch.randn(512, 3), [(slice(None), J)])
     wanted = torch.diag(torch.tensor([float(J), float(I), 0.0, 0.0]))
     torch.testing.assert_close(own.repeated, wanted, rtol=0.1, atol=0.5)
     torch.testing.assert_close(own.hidden, torch.eye(4), rtol=0.1, atol=0.1)

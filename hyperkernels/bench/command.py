@@ -35,6 +35,7 @@ from hyperkernels.tables import wide_console
 
 ROOT = Path(__file__).parents[2]
 ROUNDS, QUICK_ROUNDS = 15, 5
+BREAKS = {"": len(OURS), "ours is": len("faster"), "base": len("faster")}  # columns that a narrow terminal breaks
 SLOWER = 0.8  # of the base's factor over a baseline: less is pointed out
 
 
@@ -190,7 +191,7 @@ def print_rows(found: saved.Results, base: saved.Results | None = None) -> None:
     console = wide_console()
     console.print(saved.told(found["machine"]))
     for row in found["rows"]:
-        console.print(_table(row, base) if row["times"] else f"{row['suite']}: {row['case']}", style="")
+        console.print(_table(row, base) if row["times"] else f"{row['suite']}: {row['case']}")
         for name, why in row["missing"].items():
             console.print(f"{name} is not here: {why}", style="italic")
         if unsteady := saved.unsteady(row):
@@ -204,9 +205,7 @@ def print_rows(found: saved.Results, base: saved.Results | None = None) -> None:
 def _table(row: saved.Row, base: saved.Results | None) -> Table:
     table = Table(title=f"{row['suite']}: {row['case']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for n, name in enumerate((*saved.COLUMNS, "base") if base else saved.COLUMNS):
-        words = {"": len(OURS), "ours is": len("faster"), "base": len("faster")}.get(
-            name
-        )  # what may break, not numbers
+        words = BREAKS.get(name)
         side = "left" if n == 0 else "right"
         table.add_column(name, justify=side, no_wrap=words is None, overflow="fold", min_width=words)
     for line in saved.lines(row):

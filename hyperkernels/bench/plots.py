@@ -34,6 +34,9 @@ STYLES: dict[str, tuple[str, str, Any]] = {
 }
 
 
+PASSES = "where it passes 1"
+
+
 def _style(name: str) -> dict[str, Any]:
     color, marker, dash = STYLES.get(name, ("#666666", ".", "-"))
     return {"color": color, "marker": marker, "linestyle": dash, "label": name, "markersize": 5}
@@ -64,9 +67,6 @@ def plot(path: Path, folder: Path, wanted: str) -> list[Path]:
             files.write(target, data.getvalue())
             written.append(target)
     return written
-
-
-PASSES = "where it passes 1"
 
 
 def crossover(points: Sequence[tuple[float, Any]]) -> float | None:

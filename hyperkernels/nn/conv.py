@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperkernels.chunking import Grid, check_chunk
+from hyperkernels.chunking import Grid, check_chunk, check_sizes
 from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d, hyper_conv_transpose2d
 from hyperkernels.nn.layer import HyperLayer
-from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
 Sizes = int | tuple[int, ...]

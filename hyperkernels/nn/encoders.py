@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from hyperkernels.chunking import check_sizes
 from hyperkernels.nn.start import CONTEXTS
 from hyperkernels.nn.targets import Target
-from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.watched import transformed
 
 
@@ -138,9 +138,6 @@ class Descriptors(nn.Module):
             fixed = torch.tensor(place + sizes).expand(grid.I * grid.J, -1)
             step = (self.STEPS[0] * grid.I * i + self.STEPS[1] * grid.J * j) % 2  # whose sines repeat there
             rows.append(torch.cat([fixed, *(v.reshape(-1, 1) for v in (i, j, step))], 1))
-        told = (
-            torch.cat(rows).to(weight.device)[..., None]
-            * math.pi
-            * 2.0 ** torch.arange(self.FREQUENCIES, device=weight.device)
-        )
+        frequencies = math.pi * 2.0 ** torch.arange(self.FREQUENCIES, device=weight.device)
+        told = torch.cat(rows).to(weight.device)[..., None] * frequencies
         return self.layer(torch.cat([told.sin(), told.cos()], -1).flatten(1).to(weight.dtype))

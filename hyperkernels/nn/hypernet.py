@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperkernels.chunking import ceil_div
+from hyperkernels.chunking import ceil_div, check_sizes
 from hyperkernels.flat import FlatWeight
 from hyperkernels.form import autocast_enabled
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import current_context, find_context
 from hyperkernels.nn.encoders import Descriptors
 from hyperkernels.nn.loading import check_state
-from hyperkernels.nn.start import moments, normal_contexts, start_heads_, start_scales
+from hyperkernels.nn.start import in_evaluation, moments, normal_contexts, start_heads_, start_scales
 from hyperkernels.nn.targets import (
     Chunk,
     Found,
@@ -30,7 +30,7 @@ from hyperkernels.nn.targets import (
     share_heads,
     split_chunks,
 )
-from hyperkernels.nn.trunk import TrunkLayer, check_parts, check_sizes
+from hyperkernels.nn.trunk import TrunkLayer, check_parts
 from hyperkernels.watched import transformed
 from hyperkernels.weight import AbsentWeight, GeneratedWeight
 
@@ -196,11 +196,10 @@ class HyperNet(nn.Module):
             nn.init.normal_(self.embedding)
         for bias in self.head_biases:
             bias.zero_()
-        parts = [
-            (own, own.stop - own.start if self.flat else target.grid.J)
-            for own, target in zip(self._chunks(self.targets).values(), self.targets.values())
-        ]
-        found = moments(lambda z: self._hidden(self.targets, z), self._examples(context), parts, self)
+        own, targets = self._chunks(self.targets).values(), self.targets.values()
+        parts = [(c, c.stop - c.start if self.flat else target.grid.J) for c, target in zip(own, targets)]
+        with in_evaluation(self):
+            found = moments(lambda z: self._hidden(self.targets, z), self._examples(context), parts)
         start_heads_(list(self.heads), self.scales, list(self.head_of.values()), list(self._starts.values()), found)
 
     def _examples(self, context: Any) -> Tensor | None:

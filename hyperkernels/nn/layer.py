@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperkernels.chunking import Grid
+from hyperkernels.chunking import Grid, check_sizes
 from hyperkernels.deferred import DeferredWeight
 from hyperkernels.fitting import fit
 from hyperkernels.form import autocast_enabled
 from hyperkernels.functional import generate_weight, hyper_linear
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import find_context
-from hyperkernels.nn.start import draw_head_, moments, normal_contexts
-from hyperkernels.nn.trunk import FreeTrunk, Trunk, check_sizes
+from hyperkernels.nn.start import draw_head_, in_evaluation, moments, normal_contexts
+from hyperkernels.nn.trunk import FreeTrunk, Trunk
 from hyperkernels.weight import GeneratedWeight
 
 Hidden = Tensor | AdditiveHidden
@@ -104,7 +104,8 @@ class HyperLayer(nn.Module):
                 )
             return hidden
 
-        found = moments(checked, contexts, [(slice(None), columns)], self.hypernet)
+        with in_evaluation(self.hypernet):
+            found = moments(checked, contexts, [(slice(None), columns)])
         for head in (self.head, self.bias_head):
             if head is not None:
                 drawn = torch.empty_like(head, memory_format=torch.contiguous_format)

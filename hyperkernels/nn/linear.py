@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperkernels.chunking import Grid, check_chunk
+from hyperkernels.chunking import Grid, check_chunk, check_sizes
 from hyperkernels.functional import hyper_linear
 from hyperkernels.nn.layer import HyperLayer, weight_of
-from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
 

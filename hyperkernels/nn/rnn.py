@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperkernels.chunking import check_sizes
 from hyperkernels.form import autocast_enabled
 from hyperkernels.nn.hypernet import HyperNet
-from hyperkernels.nn.trunk import check_sizes
 
 State = tuple[Tensor, ...]
 

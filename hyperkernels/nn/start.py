@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -58,30 +59,26 @@ class Moments(NamedTuple):
     chance: float
 
 
-@torch.no_grad()
-def moments(
-    hypernet: Callable[[Tensor | None], Tensor | AdditiveHidden],
-    contexts: Tensor | None,
-    targets: Sequence[tuple[slice, int]],
-    module: nn.Module,
-) -> list[Moments]:
-    """Of each target: which of the chunks are its, row by row, and how many a row has. A first context shows how many
-    there are in all, and so how many contexts are measured at once and in all; `module`, of which the hypernetwork is
-    made, as in evaluation."""
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Every part's mode comes back after."""
     modes = {part: part.training for part in module.modules()}
     try:
         module.eval()
-        return _moments_of(hypernet, contexts, targets)
+        yield
     finally:
         for part, mode in modes.items():
             part.training = mode
 
 
-def _moments_of(
+@torch.no_grad()
+def moments(
     hypernet: Callable[[Tensor | None], Tensor | AdditiveHidden],
     contexts: Tensor | None,
     targets: Sequence[tuple[slice, int]],
 ) -> list[Moments]:
+    """Of each target: which of the chunks are its, row by row, and how many a row has. A first context shows how many
+    there are in all, and so how many contexts are measured at once and in all."""
     if contexts is not None and not len(contexts):
         raise ValueError("context: got none, wanted one at least to measure by")
     sums: list[list[Any]] = [[0.0, 0.0, 0.0] for _ in targets]  # of squares: of hidden, of rows and columns of it
@@ -102,10 +99,10 @@ def _moments_of(
         seen += len(every)
         numbers = max(1, every[0].numel())
         begin, some, count = begin + some, max(1, AT_ONCE // numbers), min(count, max(CONTEXTS, IN_ALL // numbers))
-    return [_moments(own, *size, seen) for own, size in zip(sums, sizes)]
+    return [_means(own, *size, seen) for own, size in zip(sums, sizes)]
 
 
-def _moments(sums: list[Tensor], I: int, J: int, seen: int) -> Moments:
+def _means(sums: list[Tensor], I: int, J: int, seen: int) -> Moments:
     squares, of_rows, of_columns = sums
     hidden = squares / (I * J * seen)
     repeated, chance = torch.zeros_like(hidden), 0.0

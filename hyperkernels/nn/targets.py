@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from hyperkernels.chunking import Grid, check_chunk
+from hyperkernels.chunking import Grid, check_chunk, check_sizes
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.nn.trunk import check_sizes
 from hyperkernels.planner import default_chunk
 
 CHOICES = {
@@ -111,11 +110,10 @@ def find_targets(
             kind = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
             if not kind or not (filter_fn is None or filter_fn(module, layer)):
                 continue
-            if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose3d)):
-                what = f"{type(module).__name__} {layer!r}"
-                raise ValueError(
-                    f"targets: got {what}, which runs only with a weight formed: leave it out by filter_fn"
-                )
+            runs = layout == "tiles" and isinstance(module, nn.ConvTranspose2d)
+            if getattr(module, "transposed", False) and not runs:
+                what = f'{type(module).__name__} {layer!r} in the layout "{layout}"'
+                raise ValueError(f"targets: got {what}, which has its weight formed: leave it out by filter_fn")
             for part in ("weight", "bias")[: 1 + biases]:
                 parameter, name = getattr(module, part), f"{layer}.{part}".lstrip(".")
                 if parameter is not None and parameter not in seen:

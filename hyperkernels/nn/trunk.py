@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperkernels.chunking import check_sizes
 from hyperkernels.hidden import ACTIVATIONS, AdditiveHidden, check_activation
 from hyperkernels.nn.ambient import check_context
 
@@ -252,9 +253,3 @@ def check_parts(trunk: nn.Module | None, encoder: nn.Module | None, context_feat
     takes = getattr(trunk, "context_features", context_features)
     if takes != context_features:
         raise ValueError(f"trunk: got one with context_features={takes}, wanted {context_features}, as is given here")
-
-
-def check_sizes(**sizes: int | None) -> None:
-    for name, size in sizes.items():
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise ValueError(f"{name}: got {size!r}, wanted a positive integer")

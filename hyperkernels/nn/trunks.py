@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperkernels.chunking import check_sizes
 from hyperkernels.hidden import ACTIVATIONS, check_activation
-from hyperkernels.nn.trunk import check_sizes, context_for
+from hyperkernels.nn.trunk import context_for
 
 
 class Tokens(nn.Module):
