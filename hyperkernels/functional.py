@@ -85,13 +85,14 @@ def hyper_linear(
         hidden = form.hidden
         parts = (hidden.context, hidden.chunks) if isinstance(hidden, AdditiveHidden) else (hidden, None)
         factors = (None, *parts, form.head, form.x)
+        term = None if head_bias is None else _of_head_bias(form.x, head_bias, grid)  # before: x and y stay in cache
         (y,) = partials(Settings(("y",), call, order, backend), form.ids, *factors)
-        if head_bias is not None:
-            y = _add_head_bias(y, form.x, head_bias, grid)
+        if term is not None:
+            y = add_to_new(shaped(y, (call.entries, call.tokens, -1, term.shape[-1])), term)
     if bias is not None:
         if bias.dim() == 2:
             bias = (bias if form.ids is None else bias[form.ids])[:, None]
-        y = add_to_new(y, bias)
+        y = add_to_new(shaped(y, (call.entries, call.tokens, grid.out_features)), bias)
     return shaped(y, (*x.shape[:-1], grid.out_features))
 
 
@@ -152,16 +153,15 @@ def add_to_new(y: Tensor, bias: Tensor) -> Tensor:
     return y + bias if seen else y.add_(bias)
 
 
-def _add_head_bias(y: Tensor, x: Tensor, head_bias: Tensor, grid: Grid) -> Tensor:
-    """`y + sum_{j,q} head_bias[r,q] x[.., j*cols+q]`, the same for every row i of chunks; `[L, T, N]`."""
+def _of_head_bias(x: Tensor, head_bias: Tensor, grid: Grid) -> Tensor:
+    """`sum_{j,q} head_bias[r,q] x[.., j*cols+q]`, the same for every row i of chunks: `[L, T, 1, rows]`, or `[.., N]`
+    where the last row of chunks is cropped, or each chunk's bias its own."""
     if head_bias.dim() == 3:
         ones = x.new_ones(grid.I, grid.J, 1)
-        return y + hyper_linear(x, ones, head_bias[:, None], out_features=grid.out_features)
+        return hyper_linear(x, ones, head_bias[:, None], out_features=grid.out_features)[..., None, :]
     whole, rest = divmod(grid.in_features, grid.cols)
-    summed = (x[..., : whole * grid.cols] if rest else x).unflatten(-1, (whole, grid.cols)).sum(-2)
+    summed = shaped(x[..., : whole * grid.cols] if rest else x, (*x.shape[:-1], whole, grid.cols)).sum(-2)
     if rest:
         summed = summed + F.pad(x[..., whole * grid.cols :], (0, grid.cols - rest))
-    term = F.linear(summed, head_bias)
-    if grid.out_features % grid.rows == 0:
-        return add_to_new(y.unflatten(-1, (grid.I, grid.rows)), term[..., None, :]).flatten(-2)
-    return y + term.repeat(1, 1, grid.I)[..., : grid.out_features]
+    term = F.linear(summed, head_bias)[..., None, :]
+    return term.repeat(1, 1, 1, grid.I)[..., : grid.out_features] if grid.out_features % grid.rows else term
