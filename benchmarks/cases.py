@@ -15,11 +15,11 @@ from hyperkernels.bench.case import OURS, Case, Contestants
 from hyperkernels.weight import AbsentWeight, form
 
 
-def regularizer(tasks: int, layers: int, size: int, m: int) -> Case:
+def regularizer(tasks: int, layers: int, size: int, m: int, chunk: tuple[int, int] = (64, 64)) -> Case:
     """von Oswald et al.'s output regulariser and its gradients, of all earlier tasks: against all their weights formed,
     now and as they were."""
     shapes = {str(n): (size, size) for n in range(layers)}
-    net = hk.HyperNet(shapes, context_features=32, chunk=(64, 64), width=m)
+    net = hk.HyperNet(shapes, context_features=32, chunk=chunk, width=m)
     z, parameters = torch.randn(tasks, 32), list(net.parameters())
     before = copy.deepcopy(net).requires_grad_(False)
     with torch.no_grad():
@@ -43,13 +43,13 @@ def regularizer(tasks: int, layers: int, size: int, m: int) -> Case:
         value.backward()
         return {"value": value.detach(), **{n: p.grad for n, p in high.named_parameters() if p.grad is not None}}
 
-    weights = layers * size * size
+    weights, cut = layers * size * size, "x".join(map(str, chunk))
     contestants: Contestants = {
         "materialise": lambda: step(formed),
         OURS: lambda: step(output_regularizer),
     }
     return Case(
-        f"output regulariser and its gradients, {tasks} tasks, {weights / 1e6:.2g}M weights, chunks 64x64, m={m}",
+        f"output regulariser and its gradients, {tasks} tasks, {weights / 1e6:.2g}M weights, chunks {cut}, m={m}",
         contestants,
         exact,
         values={"contexts": tasks, "weights": weights, "m": m},
