@@ -46,7 +46,7 @@ class DeferredWeight(AbsentWeight):
             return super().__torch_function__(function, types, args, kwargs)
         if torch.compiler.is_compiling():  # who traces would take the numbers that are not there
             raise RuntimeError("a layer's `.weight` was given to a compiled function: let that read it from the layer")
-        check_in_place(function)
+        check_in_place(function, kwargs or {})
         args, kwargs = pytree.tree_map_only(DeferredWeight, lambda weight: weight.made(), (args, kwargs or {}))
         return function(*args, **kwargs)
 

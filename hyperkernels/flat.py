@@ -17,7 +17,8 @@ from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.operators import check_context_ids
 from hyperkernels.planner import workspace_bytes
 from hyperkernels.watched import transformed
-from hyperkernels.weight import CONVOLUTION, FORM, FUNCTIONS, AbsentWeight, absent, formed_of, shape_of
+from hyperkernels.weight import FORM, FUNCTIONS, AbsentWeight, absent, formed_of, shape_of
+from hyperkernels.weight_products import CONVOLUTION
 
 
 class FlatWeight(AbsentWeight):

@@ -228,7 +228,10 @@ def if_more_for_each(entries: int, ids: int, name: str) -> str:
     if ids == 0 or entries <= ids or entries % ids:
         return ""
     each = entries // ids
-    return f": x has {entries} entries, {each} for each of {ids}, as of {each} beams: {name}.repeat_interleave({each})"
+    return (
+        f": x has {entries} entries, {each} for each of {ids}, as of {each} beams: {name}.repeat_interleave({each}); "
+        "what sees tokens without their entries, as a mixture's experts do, takes one context at a time"
+    )
 
 
 def check_head_bias(head_bias: Tensor | None, grid: Grid, like: Tensor, kernel: tuple[int, ...] = ()) -> None:

@@ -118,8 +118,9 @@ def _contexts_of(weight: Any, ids: Tensor) -> Tensor | None:
 
 def _getitem(weight: Any, index: Any) -> Any:
     """Rows as a slice, which is a generated weight again where it begins with a chunk; by number, formed."""
-    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     N, *rest = shape_of(weight)
+    if isinstance(index, tuple) and 0 < len(index) <= len(rest) + 1 and all(map(_is_whole, index[1:])):
+        index = index[0]
     if not isinstance(weight, GeneratedWeight) or not rest:
         return NotImplemented
     if isinstance(index, slice):
@@ -134,6 +135,10 @@ def _getitem(weight: Any, index: Any) -> Any:
         return NotImplemented
     _check("index", index, -N, N - 1)
     return _rows(weight, index % N).reshape(*index.shape, *rest)
+
+
+def _is_whole(index: Any) -> bool:
+    return index is Ellipsis or (isinstance(index, slice) and index == slice(None))
 
 
 def _stretch(weight: Any, begin: int, end: int, rows: int) -> GeneratedWeight:
@@ -161,6 +166,8 @@ def _split(weight: Any, size: Any, dim: int = 0) -> Any:
     N = shape_of(weight)[0]
     if not isinstance(weight, GeneratedWeight) or dim not in (0, -weight.dim()):
         return NotImplemented
+    if isinstance(size, int) and size < 1:
+        raise ValueError(f"split_size: got {size}, wanted a positive number")
     sizes = [size] * (N // size) + [N % size] * (N % size > 0) if isinstance(size, int) else list(size)
     if sum(sizes) != N:
         return NotImplemented  # torch says what is wrong

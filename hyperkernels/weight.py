@@ -7,13 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hyperkernels.conv import hyper_conv1d, hyper_conv2d, hyper_conv3d, hyper_conv_transpose2d
 from hyperkernels.form import autocast, check_head_bias, check_tensors, grid_of_weight
-from hyperkernels.functional import generate_weight, hyper_linear
+from hyperkernels.functional import generate_weight
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.user_line import warn_at_users_line
 
@@ -42,7 +40,7 @@ class AbsentWeight(Tensor):
                 if found is not NotImplemented:
                     return found
         if function not in AS_IT_IS:
-            check_in_place(function)
+            check_in_place(function, kwargs)
             form_it = partial(_formed_for, function)
             args, kwargs = pytree.tree_map_only(AbsentWeight, form_it, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
@@ -108,7 +106,7 @@ class GeneratedWeight(AbsentWeight):
         head, hidden, head_bias = autocast(head, hidden, head_bias)
         check_tensors(head, hidden, head)
         shape = tuple(shape)
-        grid = grid_of_weight(hidden, head, _matrix(shape))
+        grid = grid_of_weight(hidden, head, matrix_of(shape))
         check_head_bias(head_bias, grid, head, shape[2:])
         if not isinstance(scale, (int, float)) and not (isinstance(scale, Tensor) and scale.numel() == 1):
             got = f"a tensor of {scale.numel()}" if isinstance(scale, Tensor) else repr(scale)
@@ -120,11 +118,12 @@ class GeneratedWeight(AbsentWeight):
         return weight
 
 
-def check_in_place(function: Any) -> None:
+def check_in_place(function: Any, kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():  # who traces cannot read a function's name
         return
     name = name_of(function)
-    if (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE:
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
+    if in_place or isinstance(kwargs.get("out"), AbsentWeight):
         raise RuntimeError(f"{name}: a generated weight cannot be changed in place; change what generates it")
 
 
@@ -144,7 +143,7 @@ def is_one(scale: float | Tensor) -> bool:
     return not isinstance(scale, Tensor) and scale == 1
 
 
-def _scaled(weight: AbsentWeight) -> tuple[Tensor, dict[str, Any]]:
+def scaled(weight: AbsentWeight) -> tuple[Tensor, dict[str, Any]]:
     """Head and settings of what generates it, the scale in them."""
     bias, scale = weight.settings["head_bias"], weight.scale
     if is_one(scale):
@@ -154,8 +153,8 @@ def _scaled(weight: AbsentWeight) -> tuple[Tensor, dict[str, Any]]:
 
 def _form(weight: AbsentWeight) -> Tensor:
     shape, contexts = shape_of(weight), weight.contexts
-    head, settings = _scaled(weight)
-    formed = generate_weight(weight.hidden, head, _matrix(shape), head_bias=settings["head_bias"])
+    head, settings = scaled(weight)
+    formed = generate_weight(weight.hidden, head, matrix_of(shape), head_bias=settings["head_bias"])
     return formed.reshape(shape if contexts == 1 else (contexts, *shape))
 
 
@@ -177,7 +176,7 @@ def shape_of(weight: Tensor) -> tuple[int, ...]:
         return tuple(weight.shape)
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+def matrix_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape, 1) if len(shape) == 1 else shape
 
 
@@ -185,73 +184,7 @@ def formed_of(value: Any) -> Any:
     return form(value) if isinstance(value, AbsentWeight) else value
 
 
-def _check_features(input: Tensor, dim: int, wanted: int) -> None:
-    """Of the last chunk's columns some may be cropped: what is as wide as the chunks need not fit the weight."""
-    if input.dim() >= -dim and input.shape[dim] != wanted:
-        raise ValueError(f"input: got shape {list(input.shape)}, wanted {wanted} features in dimension {dim}")
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if isinstance(input, AbsentWeight) or not isinstance(weight, GeneratedWeight):
-        return NotImplemented
-    head, settings = _scaled(weight)
-    N, K = _matrix(shape_of(weight))
-    _check_features(input, -1, K)
-    return hyper_linear(input, weight.hidden, head, out_features=N, bias=formed_of(bias), **settings)
-
-
-def _convolution(function: Callable[..., Tensor], names: str) -> Callable[..., Any]:
-    """torch's function of `(input, weight, bias, *settings)`, the settings by `names`, as `function`."""
-
-    def run(input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any, **named: Any) -> Any:
-        if isinstance(input, AbsentWeight) or not isinstance(weight, GeneratedWeight):
-            return NotImplemented
-        head, settings = _scaled(weight)
-        settings = settings | dict(zip(names.split(), given)) | named
-        N, K = shape_of(weight)[:2]
-        groups = settings.get("groups", 1)
-        wanted, channels = (N, K * groups) if function is hyper_conv_transpose2d else (K * groups, N)
-        _check_features(input, 1 - len(shape_of(weight)), wanted)
-        return function(input, weight.hidden, head, out_channels=channels, bias=formed_of(bias), **settings)
-
-    return run
-
-
-def _transposed(weight: Any) -> Any:
-    bias = weight.settings["head_bias"]
-    if len(shape_of(weight)) != 2 or weight.head.dim() == 4 or (bias is not None and bias.dim() == 3):
-        return NotImplemented  # one head for each chunk: they lie in the chunks' order
-    hidden = weight.hidden
-    if isinstance(hidden, AdditiveHidden):
-        hidden = hidden.with_chunks(hidden.chunks.transpose(0, 1))
-    else:
-        hidden = hidden.transpose(-3, -2)
-    settings = weight.settings | {"head_bias": None if bias is None else bias.T, "scale": weight.scale}
-    return GeneratedWeight(hidden, weight.head.transpose(-2, -1), shape_of(weight)[::-1], **settings)
-
-
-def _swapped(weight: Any, dim0: int, dim1: int) -> Any:
-    dims = len(shape_of(weight))
-    if not -dims <= min(dim0, dim1) <= max(dim0, dim1) < dims:
-        raise IndexError(f"dim0, dim1: got {dim0}, {dim1}, wanted {-dims} to {dims - 1}")
-    return _transposed(weight) if {dim0 % 2, dim1 % 2} == {0, 1} else NotImplemented
-
-
-def _matmul(left: Tensor, right: Tensor) -> Any:
-    if isinstance(left, GeneratedWeight):
-        if isinstance(right, GeneratedWeight):
-            return NotImplemented
-        return _linear(right.mT, left).mT if right.dim() > 1 else _linear(right, left)
-    turned = _transposed(right)
-    return NotImplemented if turned is NotImplemented else _linear(left, turned)
-
-
-def _addmm(input: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = NotImplemented if isinstance(input, GeneratedWeight) else _matmul(left, right)
-    return product if product is NotImplemented else beta * input + alpha * product
-
-
-def _getter(name: str) -> Any:
+def getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
@@ -271,44 +204,20 @@ def _learns(weight: Any) -> Tensor:
     return next((part for part in parts if part.grad_fn is not None), parts[0])
 
 
-def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of hidden, head and head_bias alike."""
-    bias = weight.settings["head_bias"]
-    bias = bias if bias is None else bias.to(*args, **kwargs)
-    settings = weight.settings | {"head_bias": bias, "scale": weight.scale}
-    return GeneratedWeight(
-        weight.hidden.to(*args, **kwargs), weight.head.to(*args, **kwargs), shape_of(weight), **settings
-    )
-
-
-CONVOLUTION = "stride padding dilation groups"
-GENERATED: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    F.conv1d: _convolution(hyper_conv1d, CONVOLUTION),
-    F.conv2d: _convolution(hyper_conv2d, CONVOLUTION),
-    F.conv3d: _convolution(hyper_conv3d, CONVOLUTION),
-    F.conv_transpose2d: _convolution(hyper_conv_transpose2d, "stride padding output_padding groups dilation"),
-    **dict.fromkeys((_getter("T"), _getter("mT"), Tensor.t, torch.t), _transposed),
-    **dict.fromkeys((Tensor.transpose, torch.transpose), _swapped),
-    Tensor.to: _to,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
-    **dict.fromkeys((torch.mm, Tensor.mm, torch.mv, Tensor.mv), _matmul),
-    Tensor.__rmatmul__: lambda right, left: _matmul(left, right),
-    torch.addmm: _addmm,
-}
+GENERATED: dict[Any, Callable[..., Any]] = {}  # filled by `weight_products.py` and `rows.py`
 TOLD: dict[Any, Callable[..., Any]] = {
-    _getter("requires_grad"): _requires_grad,
-    _getter("is_leaf"): lambda weight: not _requires_grad(weight),
-    _getter("grad"): lambda weight: None,  # what generates it has them
-    _getter("grad_fn"): lambda weight: _learns(weight).grad_fn,
+    getter("requires_grad"): _requires_grad,
+    getter("is_leaf"): lambda weight: not _requires_grad(weight),
+    getter("grad"): lambda weight: None,  # what generates it has them
+    getter("grad_fn"): lambda weight: _learns(weight).grad_fn,
     Tensor.register_hook: lambda weight, hook: _learns(weight).register_hook(hook),
 }
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 IN_PLACE |= {"__setitem__", "__set__"}
 AS_IT_IS = {
-    *(_getter(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cpu", "is_cuda", "is_meta")),
-    *(_getter(name) for name in ("is_nested", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn")),
-    *(_getter(name) for name in ("_base", "_version")),
+    *(getter(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cpu", "is_cuda", "is_meta")),
+    *(getter(name) for name in ("is_nested", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn")),
+    *(getter(name) for name in ("_base", "_version")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size", "__len__")),
     *(getattr(Tensor, name) for name in ("stride", "storage_offset", "is_contiguous", "get_device", "is_complex")),
     *(getattr(Tensor, name) for name in ("is_inference", "is_conj", "is_neg", "_is_view", "untyped_storage")),

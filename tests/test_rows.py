@@ -139,6 +139,7 @@ def test_compiled_in_one_graph():
         (lambda w: F.embedding(torch.tensor([0, 11]), w), IndexError, "input: got 0 to 11, wanted 0 to 10"),
         (lambda w: F.embedding(torch.tensor([0]), w, None, 1.0), RuntimeError, "max_norm"),
         (lambda w: w[11], IndexError, "index: got 11 to 11"),
+        (lambda w: w.split(0), ValueError, "split_size: got 0, wanted a positive number"),
     ],
 )
 def test_what_does_not_fit_is_refused(run, error, match):

@@ -48,6 +48,11 @@ RUNS = {
     "W.T @ y": lambda w: w.T @ x[:N],
     "to": lambda w: F.linear(x.float(), w.to(torch.float32)).double(),
     "rows": lambda w: w[2:5],
+    "rows, every column": lambda w: w[2:5, :],
+    "rows, and whatever else": lambda w: w[torch.tensor([3, 0]), ...],
+    "matmul, named": lambda w: torch.matmul(x, other=w.T),
+    "t, named": lambda w: x @ torch.t(input=w),
+    "addmm, named": lambda w: torch.ones(B, N).double().addmm(mat1=x, mat2=w.T, alpha=2),
     "embedding": lambda w: F.embedding(torch.tensor([[0, 2], [3, 1]]), w),
 }
 FORMED = {
@@ -56,6 +61,7 @@ FORMED = {
     "norm": lambda w: torch.linalg.vector_norm(w),
     "stack": lambda w: torch.stack([w, w]),
     "scaled": lambda w: 2 * w,
+    "mm, by another name": lambda w: torch.mm(x, mat2=w.T),
 }
 
 
@@ -103,7 +109,24 @@ def test_it_says_so_at_the_users_line(run, deferred):
     assert (said[0].filename, said[0].lineno) == (__file__, run.__code__.co_firstlineno)
 
 
-@pytest.mark.parametrize("run", [lambda w: w.add_(1), lambda w: w.__setitem__(0, 1), lambda w: w.__imul__(2)])
+@pytest.mark.filterwarnings("ignore:.*forms a generated weight")
+@torch.no_grad()
+def test_products_into_a_result():
+    weight, y = make(), x.new_empty(B, N)
+    for run in (torch.matmul, torch.mm):
+        assert run(x, weight.T, out=y.zero_()) is y
+        torch.testing.assert_close(y, x @ form(weight).T)
+
+
+IN_PLACE = {
+    "add_": lambda w: w.add_(1),
+    "[]": lambda w: w.__setitem__(0, 1),
+    "*=": lambda w: w.__imul__(2),
+    "out": lambda w: torch.mm(x[:N], torch.eye(K).double(), out=w),
+}
+
+
+@pytest.mark.parametrize("run", IN_PLACE.values(), ids=IN_PLACE)
 def test_it_is_not_changed_in_place(run):
     with pytest.raises(RuntimeError, match="cannot be changed in place"):
         run(make())
@@ -186,12 +209,17 @@ def test_compiled_functions_take_it_form_it_and_read_it_from_a_layer():
     """Given from without; in an operation that forms it; and through a layer's `.weight`."""
     hidden, head = torch.randn(2, 3, 6), torch.randn(6, 4, 5)
     weight, v, dense = GeneratedWeight(hidden, head, (8, 14)), torch.randn(3, 14), nn.Linear(14, 8)
-    layer = hk.HyperLinear(14, 8, width=4)
+    layer, filters, images = hk.HyperLinear(14, 8, width=4), torch.randn(6, 4, 5, 3, 3), torch.randn(2, 14, 7, 7)
     runs = {
         "given": (lambda w: torch.func.functional_call(dense, {"weight": w}, v), weight),
         "formed": (lambda h: GeneratedWeight(h, head, (8, 14)).sum(), hidden),
         "read": (lambda v: F.linear(v, layer.weight, layer.bias), v),
         "static layer": (layer, v),
+        "transposed": (lambda w: v @ w.T, weight),
+        "of another dtype": (lambda w: F.linear(v.double(), w.to(torch.float64)), weight),
+        "product": (lambda w: w @ v.T, weight),
+        "rows": (lambda w: F.linear(v, w[:4]), weight),
+        "convolution": (lambda w: F.conv2d(images, w, stride=2), GeneratedWeight(hidden, filters, (8, 14, 3, 3))),
     }
     for name, (run, given) in runs.items():
         torch.compiler.reset()
