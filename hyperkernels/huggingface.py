@@ -82,7 +82,7 @@ class HyperLayersQuantizer(HfQuantizer):
             absent = [
                 f"{names[0]}.{own}"
                 for own, parameter in model.get_submodule(names[0]).named_parameters()
-                if not getattr(parameter, "_is_hf_initialized", False)
+                if not (getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta)  # on disk
             ]
             if absent:
                 raise ValueError(f"the file has no {', '.join(absent)}, which config.json wants for a hyper layer")

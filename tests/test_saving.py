@@ -121,6 +121,17 @@ def test_sharded_in_half_precision_and_merged(tmp_path):
     torch.testing.assert_close(logits(dense), logits(model))
 
 
+@pytest.mark.parametrize("name", ["replaced", "fitted", "low_rank"])
+def test_a_layer_that_stays_on_disk(name, tmp_path):
+    model = gpt2(CONFIGS[name])
+    model.save_pretrained(tmp_path)
+    places = {"transformer.h.1": "disk", "lm_head": "cpu", "transformer.h.0": "cpu"}
+    places |= {f"transformer.{own}": "cpu" for own in ("wte", "wpe", "ln_f")}
+    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "there")
+    assert all(parameter.is_meta for parameter in found.transformer.h[1].parameters())
+    torch.testing.assert_close(logits(found.eval()), logits(model))
+
+
 def t5():
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
