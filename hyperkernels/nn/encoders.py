@@ -109,7 +109,7 @@ class Descriptors(nn.Module):
     """
 
     FREQUENCIES = 4
-    STEPS = 5**0.5 / 2 - 0.5, 2**0.5 - 1  # irrational, of rows and columns
+    STEPS = 5**0.5 / 2 - 0.5, 2**0.5 - 1, 3**0.5 - 1  # irrational, of rows, columns and layers
 
     def __init__(
         self, features: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -120,11 +120,11 @@ class Descriptors(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings of unit variance, half of it of the step, by which the chunks of a row or column differ most: what
-        they have in common would repeat all along it."""
+        """Embeddings of unit variance, seven eighths of it of the step, by which chunks of a row or column, and layers,
+        differ most: what they have in common would repeat all along it, and from layer to layer."""
         one = 2 * self.FREQUENCIES
-        nn.init.normal_(self.layer.weight, std=(7 * one) ** -0.5)
-        nn.init.normal_(self.layer.weight[:, -one:], std=one**-0.5)
+        nn.init.normal_(self.layer.weight, std=(4 * 7 * one) ** -0.5)
+        nn.init.normal_(self.layer.weight[:, -one:], std=(4 / 7 * one) ** -0.5)
         nn.init.zeros_(self.layer.bias)
 
     def forward(self, targets: Iterable[Target]) -> Tensor:
@@ -136,8 +136,8 @@ class Descriptors(nn.Module):
             place = [number / 8, number / len(targets)]
             i, j = torch.meshgrid(torch.arange(grid.I) / grid.I, torch.arange(grid.J) / grid.J, indexing="ij")
             fixed = torch.tensor(place + sizes).expand(grid.I * grid.J, -1)
-            step = (self.STEPS[0] * grid.I * i + self.STEPS[1] * grid.J * j) % 2  # whose sines repeat there
-            rows.append(torch.cat([fixed, *(v.reshape(-1, 1) for v in (i, j, step))], 1))
+            step = self.STEPS[0] * grid.I * i + self.STEPS[1] * grid.J * j + self.STEPS[2] * number
+            rows.append(torch.cat([fixed, *(v.reshape(-1, 1) for v in (i, j, step % 2))], 1))
         frequencies = math.pi * 2.0 ** torch.arange(self.FREQUENCIES, device=weight.device)
         told = torch.cat(rows).to(weight.device)[..., None] * frequencies
         return self.layer(torch.cat([told.sin(), told.cos()], -1).flatten(1).to(weight.dtype))
