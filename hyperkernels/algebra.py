@@ -50,6 +50,11 @@ def _root(square: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
 
 
+def _mean(found: Tensor) -> Tensor:
+    """Over contexts; of none 0, as before a first task."""
+    return found.sum() / max(1, found.numel())
+
+
 def _each(found: Tensor) -> Tensor:
     """`[G]`, or of one context a number."""
     return found[0] if len(found) == 1 else found
@@ -237,13 +242,13 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
     if own.keys() != others.keys():
         raise ValueError(f"earlier: got {sorted(others)}, wanted {sorted(own)}")
     couples = [_check_pair(own[name], others[name], f"earlier[{name!r}]") for name in own]
-    return matrices.squared_distances(couples).mean()
+    return _mean(matrices.squared_distances(couples))
 
 
 @unrounded
 def weight_decay(weights: Mapping[str, AbsentWeight]) -> Tensor:
     """`mean_g sum_l ||W_l(z_g)||^2`: the L2 penalty on what is generated, a number."""
-    return total_norm(weights).square().mean()
+    return _mean(total_norm(weights).square())
 
 
 @torch.no_grad()
@@ -265,7 +270,7 @@ def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWe
     """
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
         raise ValueError(f"limit: got {limit!r}, wanted a positive number")
-    if isinstance(parameters, (Tensor, nn.Module)) or not isinstance(parameters, Iterable):
+    if isinstance(parameters, (Tensor, nn.Module, Mapping)) or not isinstance(parameters, Iterable):
         raise TypeError(
             f"parameters: got {type(parameters).__name__}, wanted several, as module.parameters() gives them"
         )

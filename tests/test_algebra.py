@@ -322,3 +322,11 @@ def test_arguments_that_are_none_are_named(run, match):
     net = hk.HyperNet({"a": (8, 6)}, width=4)
     with pytest.raises((TypeError, ValueError), match=match):
         run(net, net())
+
+
+def test_before_the_first_task_there_is_nothing_to_keep():
+    net, none = hk.HyperNet({"w": (8, 6)}, context_features=3), torch.randn(0, 3)
+    value = hk.algebra.output_regularizer(net(none), net(none)) + hk.algebra.weight_decay(net(none))
+    value.backward()
+    assert value == 0
+    assert not any(p.grad is not None and p.grad.abs().sum() for p in net.parameters())

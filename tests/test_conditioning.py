@@ -189,3 +189,40 @@ def test_tasks_and_noise_that_are_none_are_refused():
         noise(0)
     with pytest.raises(ValueError, match="context: got none, wanted what Tasks makes z of"):
         hk.HyperNet({"weight": (8, 6)}, context_features=4, encoder=tasks)()
+
+
+NET = hk.HyperNet({"w": (8, 6)}, context_features=3)
+TASKS = hk.nn.Tasks(3, 4, beside=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (
+            lambda: hk.HyperNet({"w": (8, 6)}, trunk=nn.Linear(32, 32)),
+            TypeError,
+            "trunk: got Linear, wanted a module that",
+        ),
+        (
+            lambda: hk.HyperNet({"w": (8, 6)}, trunk=hk.nn.MLPTrunk((32,), 16)),
+            ValueError,
+            r"embedding: got shape \[\d+, 32\], wanted 16 embedding_features",
+        ),
+        (
+            lambda: hk.HyperLinear(6, 8, context_features=3, hypernet=NET),
+            TypeError,
+            "hypernet: got a HyperNet, which makes a dict",
+        ),
+        (
+            lambda: TASKS(torch.randn(2, 2), torch.tensor([1])),
+            ValueError,
+            r"context: got \[\[2, 2\]\] beside tasks \[1\]",
+        ),
+        (lambda: TASKS([1, 2], torch.tensor([1])), ValueError, r"context: got \['list'\]"),
+        (lambda: hk.context(torch.tensor([1, 2])).__enter__(), TypeError, "ids go through an encoder"),
+    ],
+    ids=["called otherwise", "embeddings", "a HyperNet", "too many beside", "a list beside", "ids"],
+)
+def test_parts_that_do_not_fit_are_named(call, error, match):
+    with pytest.raises(error, match=match):
+        call()

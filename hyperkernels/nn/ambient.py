@@ -126,7 +126,7 @@ def check_context(z: Tensor, name: str, features: int | None = None) -> Tensor:
     """z as `[G, context_features]`."""
     if not isinstance(z, Tensor) or not z.is_floating_point():
         got = z.dtype if isinstance(z, Tensor) else type(z).__name__
-        raise TypeError(f"{name}: got {got}, wanted a floating tensor [G, context_features]")
+        raise TypeError(f"{name}: got {got}, wanted a floating tensor [G, context_features]; ids go through an encoder")
     if z.dim() not in (1, 2) or (features is not None and z.shape[-1] != features):
         wanted = "context_features" if features is None else features
         raise ValueError(f"{name}: got shape {list(z.shape)}, wanted [G, {wanted}] or [{wanted}]")

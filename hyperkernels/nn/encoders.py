@@ -41,12 +41,13 @@ class Tasks(nn.Embedding):
 
     def forward(self, *given: Tensor) -> Tensor:  # type: ignore[override]
         *beside, input = given
-        if [v.shape[-1] for v in beside] != [self.beside] * (self.beside > 0):
-            wanted = f"numbers [G, {self.beside}] and tasks [G]" if self.beside else "tasks [G] alone"
-            raise ValueError(f"context: got {len(given)} tensors, wanted {wanted}")
         if not isinstance(input, Tensor) or input.is_floating_point() or input.dtype == torch.bool:
             got = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise TypeError(f"task: got {got}, wanted an integer tensor")
+        shapes = [list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in beside]
+        if shapes != [[*input.shape, self.beside]] * (self.beside > 0):
+            wanted = f"numbers [G, {self.beside}] and tasks [G]" if self.beside else "tasks [G] alone"
+            raise ValueError(f"context: got {shapes} beside tasks {list(input.shape)}, wanted {wanted}")
         readable = input.numel() and not transformed()
         if readable and not (int(input.min()) >= 0 and int(input.max()) < self.num_embeddings):
             raise ValueError(f"task: got {input.tolist()}, wanted 0 to {self.num_embeddings - 1}")

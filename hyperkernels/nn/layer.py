@@ -98,6 +98,9 @@ class HyperLayer(nn.Module):
 
         def checked(z: Tensor | None) -> Hidden:
             hidden, wanted = self.hypernet(z), (self.grid.I, columns, self.width)
+            if not isinstance(hidden, (Tensor, AdditiveHidden)):
+                made = f"a {type(self.hypernet).__name__}, which makes a {type(hidden).__name__}"
+                raise TypeError(f"hypernet: got {made}, wanted what makes hidden, a tensor or AdditiveHidden")
             if tuple(hidden.shape[-3:]) != wanted:
                 raise ValueError(
                     f"hypernet: got hidden {list(hidden.shape)}, wanted {list(wanted)} or [G, *{list(wanted)}]"

@@ -35,7 +35,8 @@ class HyperCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(input_size=input_size, hidden_size=hidden_size, hyper_size=hyper_size)
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "hyper_size": hyper_size}
+        check_sizes(**sizes, context_features=context_features, width=width)
         if generates == "rows" and chunk is not None:
             raise ValueError(f'chunk: got {chunk!r}, wanted None: it is of generates="weights"')
         if generates not in ("weights", "rows"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class TrunkLayer(nn.Module):
                 self.context_layer.weight[half : 2 * half] = self.context_layer.weight[:half]
 
     def forward(self, embedding: Tensor, context: Tensor | None = None) -> Tensor | AdditiveHidden:
-        z, chunks = context_for(context, self.context_features), self.chunk_layer(embedding)
+        z, chunks = context_for(context, self.context_features), embedded(self.chunk_layer, embedding)
         if self.context_layer is None:
             return ACTIVATIONS[self.activation].apply_(chunks)
         grid = chunks if chunks.dim() == 3 else chunks[:, None]
@@ -240,11 +241,31 @@ def context_for(context: Tensor | None, features: int | None) -> Any:
     return None if context is None else check_context(context, "context", features)
 
 
+def embedded(layer: nn.Linear, embedding: Tensor) -> Tensor:
+    """What a trunk makes of the chunks' embeddings first."""
+    if embedding.shape[-1] != layer.in_features:
+        raise ValueError(f"embedding: got shape {list(embedding.shape)}, wanted {layer.in_features} embedding_features")
+    return layer(embedding)
+
+
+def _takes(function: Any, *given: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError:
+        return False
+    except ValueError:  # nobody can tell
+        pass
+    return True
+
+
 def check_parts(trunk: nn.Module | None, encoder: nn.Module | None, context_features: int | None) -> None:
     """Of a hypernetwork."""
     for name, module in (("trunk", trunk), ("encoder", encoder)):
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"{name}: got {type(module).__name__}, wanted a torch.nn.Module")
+    if trunk is not None and not _takes(trunk.forward, "embedding", "context"):
+        got = type(trunk).__name__
+        raise TypeError(f"trunk: got {got}, wanted a module that is called as trunk(embedding [C, e], context [G, z])")
     if encoder is not None and context_features is None:
         raise ValueError("encoder: got one, wanted context_features, the size of what it makes")
     makes = getattr(encoder, "features", context_features)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hyperkernels.chunking import check_sizes
 from hyperkernels.hidden import ACTIVATIONS, check_activation
-from hyperkernels.nn.trunk import context_for
+from hyperkernels.nn.trunk import context_for, embedded
 
 
 class Tokens(nn.Module):
@@ -32,7 +32,7 @@ class Tokens(nn.Module):
         self.context_layer = nn.Linear(context_features, size, bias=False, **factory) if context_features else None
 
     def forward(self, embedding: Tensor, context: Tensor | None = None) -> Tensor:
-        z, tokens = context_for(context, self.context_features), self.chunk_layer(embedding)
+        z, tokens = context_for(context, self.context_features), embedded(self.chunk_layer, embedding)
         if self.context_layer is None:
             return self.mix(tokens[None])[0]
         return self.mix(tokens + self.context_layer(z)[:, None])
