@@ -230,7 +230,8 @@ def if_more_for_each(entries: int, ids: int, name: str) -> str:
     each = entries // ids
     return (
         f": x has {entries} entries, {each} for each of {ids}, as of {each} beams: {name}.repeat_interleave({each}); "
-        "what sees tokens without their entries, as a mixture's experts do, takes one context at a time"
+        "an encoder sees each once, and is run before; what sees tokens without their entries, as a mixture's experts "
+        "do, takes one context at a time"
     )
 
 

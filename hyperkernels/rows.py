@@ -128,7 +128,7 @@ def _getitem(weight: Any, index: Any) -> Any:
         rows = grid_of_weight(weight.hidden, weight.head, (N, *rest)).rows
         if step == 1 and begin % rows == 0 and begin < end:
             return _stretch(weight, begin, end, rows)
-        index = torch.arange(begin, end, step, device=weight.head.device)
+        index = torch.arange(begin, max(begin, end), step, device=weight.head.device)
     elif isinstance(index, int) and not isinstance(index, bool):
         index = torch.tensor(index, device=weight.head.device)
     if not (isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)) or weight.contexts > 1:

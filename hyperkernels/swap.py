@@ -107,6 +107,8 @@ def hyperize_(
             if configs[layer].mode == "residual":  # what is another's as well goes on learning there, a copy is frozen
                 new = HyperResidual(copy.deepcopy(layer) if _shared(model, layer, names[layer]) else layer, parts)
                 new.train(layer.training)
+            elif new.bias is not None and _also(model, layer.bias, names[layer]):
+                new.bias = layer.bias  # the weight alone parts from the others
             new.config = configs[layer] if configs[layer].rank else replace(configs[layer], chunk=parts[0].chunk)
             places |= dict.fromkeys(names[layer], new)
             report.swaps.append(Swap(layer, new, names[layer], learned))
@@ -189,6 +191,9 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
             built = {layer: layer.to_dense() for layer in names}
     if model in built:
         return built[model]
+    for layer, dense in built.items():
+        if isinstance(layer, HyperLayer) and _also(model, layer.bias, names[layer]):
+            dense.bias = layer.bias
     _put(model, {name: new for layer, new in built.items() for name in names[layer]})
     return model
 
@@ -249,10 +254,17 @@ def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], config: Hype
 
 def _shared(model: nn.Module, layer: Any, names: list[str]) -> str:
     """Which of the layer's parameters another module has as well; "" for none."""
-    own = {parameter: name for name, parameter in layer.named_parameters()}
+    for own, parameter in layer.named_parameters():
+        if other := _also(model, parameter, names):
+            return f"its {own} is shared with {other}"
+    return ""
+
+
+def _also(model: nn.Module, wanted: Tensor | None, names: list[str]) -> str:
+    """What the parameter is called outside of the modules of these names."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in own and name.rpartition(".")[0] not in names:
-            return f"its {own[parameter]} is shared with {name}"
+        if parameter is wanted and name.rpartition(".")[0] not in names:
+            return name
     return ""
 
 

@@ -210,13 +210,17 @@ TOLD: dict[Any, Callable[..., Any]] = {
     getter("is_leaf"): lambda weight: not _requires_grad(weight),
     getter("grad"): lambda weight: None,  # what generates it has them
     getter("grad_fn"): lambda weight: _learns(weight).grad_fn,
+    Tensor.data_ptr: lambda weight: 0,  # as of a tensor on no device
     Tensor.register_hook: lambda weight, hook: _learns(weight).register_hook(hook),
 }
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 IN_PLACE |= {"__setitem__", "__set__"}
 AS_IT_IS = {
     *(getter(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cpu", "is_cuda", "is_meta")),
-    *(getter(name) for name in ("is_nested", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn")),
+    *(
+        getter(name)
+        for name in ("nbytes", "itemsize", "is_nested", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn")
+    ),
     *(getter(name) for name in ("_base", "_version")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size", "__len__")),
     *(getattr(Tensor, name) for name in ("stride", "storage_offset", "is_contiguous", "get_device", "is_complex")),

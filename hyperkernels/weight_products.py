@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,9 @@ def _addmm(
     if isinstance(input, GeneratedWeight) or out is not None:
         return NotImplemented
     product = _matmul(mat1, mat2)
-    return product if product is NotImplemented else beta * input + alpha * product
+    if product is NotImplemented or beta == 0:  # as torch's, which does not even look at it then
+        return product if product is NotImplemented else alpha * product
+    return beta * input + alpha * product
 
 
 def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,6 +99,11 @@ def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+def _cast(dtype: torch.dtype, weight: Any) -> Any:
+    return _to(weight, dtype)
+
+
+DTYPES = {"half": torch.half, "bfloat16": torch.bfloat16, "float": torch.float, "double": torch.double}
 CONVOLUTION = "stride padding dilation groups"
 GENERATED.update(
     {
@@ -107,6 +115,7 @@ GENERATED.update(
         **dict.fromkeys((getter("T"), getter("mT"), Tensor.t, torch.t), _transposed),
         **dict.fromkeys((Tensor.transpose, torch.transpose), _swapped),
         Tensor.to: _to,
+        **{getattr(Tensor, n): partial(_cast, d) for n, d in DTYPES.items()},
         **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
         **dict.fromkeys((torch.mm, Tensor.mm, torch.mv, Tensor.mv), _matmul),
         Tensor.__rmatmul__: lambda other, input: _matmul(input, other),

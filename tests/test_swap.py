@@ -96,6 +96,20 @@ def test_what_is_left_alone_and_why():
     assert not any(name.startswith("hyper") for name in reasons)
 
 
+@pytest.mark.parametrize("mode", ["replace", "fit"])
+def test_a_bias_that_is_shared_stays_so(mode):
+    """As a language model's head has it: else its other owner would keep a parameter that nothing reads."""
+    model = nn.Module()
+    model.decoder = nn.Linear(8, 6)
+    model.bias, tied = model.decoder.bias, model.decoder.bias
+    hk.hyperize_(model, hk.HyperConfig(width=4, mode=mode, output_head=True))
+    assert isinstance(model.decoder, hk.HyperLinear)
+    assert model.decoder.bias is model.bias is tied
+    hk.merge_(model)
+    assert isinstance(model.decoder, nn.Linear)
+    assert model.decoder.bias is model.bias is tied
+
+
 def test_one_layer_under_two_names_stays_one():
     model = Tied()
     hk.hyperize_(model, hk.HyperConfig(width=2))

@@ -47,6 +47,8 @@ RUNS = {
     "addmm": lambda w: torch.addmm(torch.ones(B, N).double(), x, w.T),
     "W.T @ y": lambda w: w.T @ x[:N],
     "to": lambda w: F.linear(x.float(), w.to(torch.float32)).double(),
+    "double": lambda w: F.linear(x, w.double()),
+    "addmm, beta 0": lambda w: torch.addmm(torch.full((N,), torch.nan).double(), x, w.T, beta=0),
     "rows": lambda w: w[2:5],
     "rows, every column": lambda w: w[2:5, :],
     "rows, and whatever else": lambda w: w[torch.tensor([3, 0]), ...],
