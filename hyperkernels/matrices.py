@@ -181,18 +181,16 @@ def cropped_alike(count: int, size: int, extent: int) -> list[tuple[slice, int]]
     return [(slice(0, count - 1), size)] * (count > 1) + [(slice(count - 1, count), last)]
 
 
-def mixed(hidden: Tensor, head: Tensor, other: Tensor) -> Tensor:
-    """Hidden `[G, C, m]` times `P P'^T`, `[m, m']`, or one for each chunk; of few chunks hidden times P first."""
-    if head.dim() == 3:
-        return torch.einsum("gcm,cmn->gcn", hidden, head @ other.mT)
-    return torch.linalg.multi_dot((hidden.flatten(0, 1), head, other.mT)).unflatten(0, hidden.shape[:2])
+def mixed(hidden: Tensor, grams: Tensor) -> Tensor:
+    """Hidden `[G, C, m]` times `[m, m']`, or one for each chunk."""
+    return torch.einsum("gcm,cmn->gcn", hidden, grams) if grams.dim() == 3 else hidden @ grams
 
 
 def pairs(a: Matrix, b: Matrix) -> Iterator[tuple[Tensor, Tensor]]:
     """`<W, W'>` is the sum over these of their products: `[G, C*m']` of a, and of b."""
     for left, right in zip(parts_of(a), parts_of(b)):
         own, other = together([left]), together([right])
-        yield mixed(own, left.head, right.head).flatten(1), other.flatten(1)
+        yield mixed(own, left.head @ right.head.mT).flatten(1), other.flatten(1)
 
 
 def sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
@@ -211,7 +209,7 @@ def _squares(hidden: Tensor, head: Tensor) -> Tensor:
 
 def squares(hidden: Tensor, head: Tensor) -> Tensor:
     """`sum_c h_c P P^T h_c^T` of every context, `[G]`."""
-    return (mixed(hidden, head, head) * hidden).sum((1, 2))
+    return (mixed(hidden, head @ head.mT) * hidden).sum((1, 2))
 
 
 class Squares(torch.autograd.Function):
@@ -219,7 +217,7 @@ class Squares(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head):
-        through = mixed(hidden, head, head)
+        through = mixed(hidden, head @ head.mT)
         ctx.save_for_backward(hidden, head, through)
         return (through * hidden).sum((1, 2))
 
@@ -239,9 +237,8 @@ class Squares(torch.autograd.Function):
 
 def _over_chunks(left: Tensor, right: Tensor, head: Tensor) -> Tensor:
     """`sum left^T right head`: of one head the sum over its chunks, of each chunk's its own."""
-    if head.dim() == 3:
-        return left.transpose(0, 1).mT @ right.transpose(0, 1) @ head
-    return torch.linalg.multi_dot((left.flatten(0, 1).mT, right.flatten(0, 1), head))
+    left, right = (v.transpose(0, 1) if head.dim() == 3 else v.flatten(0, 1) for v in (left, right))
+    return left.mT @ right @ head
 
 
 def apart(own: Tensor, others: Tensor, head: Tensor, other: Tensor) -> Tensor:
@@ -262,7 +259,7 @@ class Apart(torch.autograd.Function):
         hidden[..., m:] = others
         both[..., :m, :] = head
         torch.sub(head, other, out=both[..., m:, :])
-        through = mixed(hidden, both, both)
+        through = mixed(hidden, both @ both.mT)
         ctx.save_for_backward(own, others, head, other, hidden, both, through)
         return (through * hidden).sum((1, 2))
 
