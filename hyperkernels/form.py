@@ -229,9 +229,9 @@ def if_more_for_each(entries: int, ids: int, name: str) -> str:
         return ""
     each = entries // ids
     return (
-        f": x has {entries} entries, {each} for each of {ids}, as of {each} beams: {name}.repeat_interleave({each}); "
-        "an encoder sees each once, and is run before; what sees tokens without their entries, as a mixture's experts "
-        "do, takes one context at a time"
+        f": x has {entries} entries, {each} for each of {ids}, as of {each} beams: {name}.repeat_interleave({each}), "
+        "with the outputs of an encoder, which sees each once, made before. A mixture's experts see tokens without "
+        "their entries, and take one context at a time"
     )
 
 

@@ -88,7 +88,9 @@ def hyper_linear(
         term = None if head_bias is None else _of_head_bias(form.x, head_bias, grid)  # before: x and y stay in cache
         (y,) = partials(Settings(("y",), call, order, backend), form.ids, *factors)
         if term is not None:
-            y = add_to_new(shaped(y, (call.entries, call.tokens, -1, term.shape[-1])), term)
+            y = add_to_new(
+                shaped(y, (call.entries, call.tokens, grid.out_features // term.shape[-1], term.shape[-1])), term
+            )
     if bias is not None:
         if bias.dim() == 2:
             bias = (bias if form.ids is None else bias[form.ids])[:, None]

@@ -68,7 +68,7 @@ class HyperLayersQuantizer(HfQuantizer):
         left = {name: report.skipped.get(name, "it is no such layer") for name in configs.keys() - swapped}
         if left:
             raise ValueError(f"config.json: wants hyper layers where none can be: {left}")
-        _check_files(checkpoint_files, model, configs, here)
+        self._in_files = _check_files(checkpoint_files, model, configs, here)
         for name, own in configs.items():
             model.get_submodule(name).config = own
         for path, other in config.heads.items():
@@ -82,7 +82,8 @@ class HyperLayersQuantizer(HfQuantizer):
             absent = [
                 f"{names[0]}.{own}"
                 for own, parameter in model.get_submodule(names[0]).named_parameters()
-                if not (getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta)  # on disk
+                if not getattr(parameter, "_is_hf_initialized", False)
+                and not (parameter.is_meta and f"{names[0]}.{own}" in self._in_files)  # it stays on disk
             ]
             if absent:
                 raise ValueError(f"the file has no {', '.join(absent)}, which config.json wants for a hyper layer")
@@ -120,10 +121,10 @@ def _names_in(model: Any, layers: Iterable[str]) -> Callable[[str], str]:
     raise ValueError(f"config.json: names hyper layers {missing}, which a {type(model).__name__} does not have")
 
 
-def _check_files(files: Any, model: Any, layers: Iterable[str], here: Callable[[str], str]) -> None:
+def _check_files(files: Any, model: Any, layers: Iterable[str], here: Callable[[str], str]) -> set[str]:
     """A hyper layer's tensors are those that `config.json` makes it have, or fewer, of their shapes, and no other layer
-    has such: transformers would only warn."""
-    modules, known = dict(model.named_modules()), {*layers, ""}
+    has such: transformers would only warn. What is there, by its name here."""
+    modules, known, there = dict(model.named_modules()), {*layers, ""}, set()
     wanted = {
         f"{name}.{own}": list(value.shape)
         for name in layers
@@ -134,6 +135,7 @@ def _check_files(files: Any, model: Any, layers: Iterable[str], here: Callable[[
             continue
         with safe_open(file, "pt") as opened:
             found = {here(key): opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        there |= found.keys()
         for key, shape in found.items():
             owner = re.split(r"\.(?:hypernet|change)\.", key)[0]
             if owner in modules.keys() - known:
@@ -141,6 +143,7 @@ def _check_files(files: Any, model: Any, layers: Iterable[str], here: Callable[[
             if key.startswith(tuple(f"{name}." for name in layers)) and shape != wanted.get(key):
                 told = f"{key} of shape {wanted[key]}" if key in wanted else f"a layer without {key}"
                 raise ValueError(f"config.json: wants {told}, of which {file} has one of shape {shape}")
+    return there
 
 
 def remember(model: Any) -> None:

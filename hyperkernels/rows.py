@@ -128,6 +128,8 @@ def _getitem(weight: Any, index: Any) -> Any:
         rows = grid_of_weight(weight.hidden, weight.head, (N, *rest)).rows
         if step == 1 and begin % rows == 0 and begin < end:
             return _stretch(weight, begin, end, rows)
+        if step < 0:
+            raise ValueError(f"index: got a step of {step}, wanted a positive one")
         index = torch.arange(begin, max(begin, end), step, device=weight.head.device)
     elif isinstance(index, int) and not isinstance(index, bool):
         index = torch.tensor(index, device=weight.head.device)

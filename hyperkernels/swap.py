@@ -72,10 +72,11 @@ def hyperize_(
     check_filter(filter_fn)
     report, built, configs = SwapReport([], _other_matrices(model), dry_run, model), {}, {}
     names = _names(model, lambda module: _hyper_kind(module) is not None or isinstance(module, tuple(HYPER)))
+    called = _called(model)
     config_of = configs_by_name(HyperConfig() if config is None else config, [found[0] for found in names.values()])
     for layer, found in names.items():
         own, reason = config_of(found[0])
-        reason = _reason_to_skip(model, layer, found, own) or reason
+        reason = _reason_to_skip(model, called, layer, found, own) or reason
         if not reason and filter_fn is not None and not filter_fn(layer, found[0]):
             reason = "filter_fn said no"
         if reason or own is None:
@@ -105,9 +106,9 @@ def hyperize_(
             learned = [parameter.requires_grad for parameter in layer.parameters()]
             new: Any = parts[0]
             if configs[layer].mode == "residual":  # what is another's as well goes on learning there, a copy is frozen
-                new = HyperResidual(copy.deepcopy(layer) if _shared(model, layer, names[layer]) else layer, parts)
+                new = HyperResidual(copy.deepcopy(layer) if _shared(called, layer, names[layer]) else layer, parts)
                 new.train(layer.training)
-            elif new.bias is not None and _also(model, layer.bias, names[layer]):
+            elif new.bias is not None and _also(called, layer.bias, names[layer]):
                 new.bias = layer.bias  # the weight alone parts from the others
             new.config = configs[layer] if configs[layer].rank else replace(configs[layer], chunk=parts[0].chunk)
             places |= dict.fromkeys(names[layer], new)
@@ -162,7 +163,7 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
     Returns:
         The model.
 
-    Memory: this forms all the weights, and keeps them, trainable.
+    Memory: this forms all the weights, and keeps them, trainable. A bias that another module has too stays shared.
 
     Raises:
         TypeError: model is no module.
@@ -191,8 +192,9 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
             built = {layer: layer.to_dense() for layer in names}
     if model in built:
         return built[model]
+    called = _called(model)
     for layer, dense in built.items():
-        if isinstance(layer, HyperLayer) and _also(model, layer.bias, names[layer]):
+        if isinstance(layer, HyperLayer) and _also(called, layer.bias, names[layer]):
             dense.bias = layer.bias
     _put(model, {name: new for layer, new in built.items() for name in names[layer]})
     return model
@@ -228,7 +230,9 @@ def hyper_layers(model: nn.Module) -> dict[Any, list[str]]:
     return _names(model, lambda module: isinstance(module, (HyperLayer, HyperResidual)))
 
 
-def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], config: HyperConfig | None) -> str:
+def _reason_to_skip(
+    model: nn.Module, called: dict[Any, list[str]], layer: Any, names: list[str], config: HyperConfig | None
+) -> str:
     if layer is model:
         return "it is the model itself: build a hyper layer instead"
     if _hyper_kind(layer) is None:
@@ -238,7 +242,7 @@ def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], config: Hype
     if layer._parameters.get("weight") is None:
         return "its weight is no plain parameter"
     if not (config is not None and config.output_head):
-        shared = _shared(model, layer, names)
+        shared = _shared(called, layer, names)
         if shared:
             return shared
         if layer is getattr(model, "get_output_embeddings", lambda: None)():
@@ -252,20 +256,25 @@ def _reason_to_skip(model: nn.Module, layer: Any, names: list[str], config: Hype
     return ""
 
 
-def _shared(model: nn.Module, layer: Any, names: list[str]) -> str:
+def _shared(called: dict[Any, list[str]], layer: Any, names: list[str]) -> str:
     """Which of the layer's parameters another module has as well; "" for none."""
     for own, parameter in layer.named_parameters():
-        if other := _also(model, parameter, names):
+        if other := _also(called, parameter, names):
             return f"its {own} is shared with {other}"
     return ""
 
 
-def _also(model: nn.Module, wanted: Tensor | None, names: list[str]) -> str:
-    """What the parameter is called outside of the modules of these names."""
+def _called(model: nn.Module) -> dict[Any, list[str]]:
+    """Every name of each parameter."""
+    called: dict[Any, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter is wanted and name.rpartition(".")[0] not in names:
-            return name
-    return ""
+        called.setdefault(parameter, []).append(name)
+    return called
+
+
+def _also(called: dict[Any, list[str]], parameter: Tensor | None, names: list[str]) -> str:
+    """What the parameter is called outside of the modules of these names."""
+    return next((name for name in called.get(parameter, ()) if name.rpartition(".")[0] not in names), "")
 
 
 def _hyper_layers_like(layer: Any, config: HyperConfig, dry_run: bool) -> list[HyperLayer]:

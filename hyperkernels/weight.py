@@ -123,7 +123,7 @@ def check_in_place(function: Any, kwargs: dict[str, Any]) -> None:
         return
     name = name_of(function)
     in_place = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
-    if in_place or isinstance(kwargs.get("out"), AbsentWeight):
+    if in_place or any(isinstance(out, AbsentWeight) for out in pytree.tree_leaves(kwargs.get("out"))):
         raise RuntimeError(f"{name}: a generated weight cannot be changed in place; change what generates it")
 
 
@@ -210,7 +210,7 @@ TOLD: dict[Any, Callable[..., Any]] = {
     getter("is_leaf"): lambda weight: not _requires_grad(weight),
     getter("grad"): lambda weight: None,  # what generates it has them
     getter("grad_fn"): lambda weight: _learns(weight).grad_fn,
-    Tensor.data_ptr: lambda weight: 0,  # as of a tensor on no device
+    Tensor.data_ptr: lambda weight: 0,  # it has no memory of its own
     Tensor.register_hook: lambda weight, hook: _learns(weight).register_hook(hook),
 }
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}

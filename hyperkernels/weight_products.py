@@ -68,9 +68,11 @@ def _swapped(input: Any, dim0: int, dim1: int) -> Any:
     return _transposed(input) if {dim0 % 2, dim1 % 2} == {0, 1} else NotImplemented
 
 
-def _matmul(input: Tensor, other: Any = None, **unusual: Any) -> Any:
+def _matmul(input: Tensor, other: Any = None, *more: Any, **unusual: Any) -> Any:
     """With a result to write to, or by other names (`mat2`), it is as any other operation."""
-    if unusual or (isinstance(input, GeneratedWeight) and isinstance(other, GeneratedWeight)):
+    if more or unusual or (isinstance(input, GeneratedWeight) and isinstance(other, GeneratedWeight)):
+        return NotImplemented
+    if isinstance(input, GeneratedWeight) and len(shape_of(input)) == 1:  # a bias, which stands as a column
         return NotImplemented
     if isinstance(input, GeneratedWeight):
         return _linear(other.mT, input).mT if other.dim() > 1 else _linear(other, input)
@@ -79,14 +81,12 @@ def _matmul(input: Tensor, other: Any = None, **unusual: Any) -> Any:
 
 
 def _addmm(
-    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+    input: Tensor, mat1: Tensor, mat2: Tensor, *more: Any, beta: float = 1, alpha: float = 1, **unusual: Any
 ) -> Any:
-    if isinstance(input, GeneratedWeight) or out is not None:
+    if more or unusual or isinstance(input, GeneratedWeight) or beta == 0:  # which ignores even nan in the input
         return NotImplemented
     product = _matmul(mat1, mat2)
-    if product is NotImplemented or beta == 0:  # as torch's, which does not even look at it then
-        return product if product is NotImplemented else alpha * product
-    return beta * input + alpha * product
+    return product if product is NotImplemented else beta * input + alpha * product
 
 
 def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,8 +99,8 @@ def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _cast(dtype: torch.dtype, weight: Any) -> Any:
-    return _to(weight, dtype)
+def _cast(dtype: torch.dtype, weight: Any, **kwargs: Any) -> Any:
+    return _to(weight, dtype, **kwargs)
 
 
 DTYPES = {"half": torch.half, "bfloat16": torch.bfloat16, "float": torch.float, "double": torch.double}

@@ -202,6 +202,14 @@ def test_empty_batch(contexts, engine):
         assert torch.equal(grad, torch.zeros_like(tensor))
 
 
+@pytest.mark.parametrize("N", [12, 10])
+@pytest.mark.parametrize("own", [False, True])
+def test_an_empty_batch_through_biases_of_heads(N, own):
+    bias = torch.randn(9, 4, 5) if own else torch.randn(4, 5)
+    factors = torch.randn(0, 14), torch.randn(3, 3, 6), torch.randn(6, 4, 5)
+    assert hk.hyper_linear(*factors, head_bias=bias, bias=torch.randn(N), out_features=N).shape == (0, N)
+
+
 def test_no_entries_at_all():
     hidden = torch.randn(3, 2, 2, 4, requires_grad=True)
     y = hk.hyper_linear(torch.randn(0, 10), hidden, torch.randn(4, 5, 5), context_ids=torch.zeros(0, dtype=torch.int64))

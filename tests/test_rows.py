@@ -140,6 +140,7 @@ def test_compiled_in_one_graph():
         (lambda w: F.embedding(torch.tensor([0, 11]), w), IndexError, "input: got 0 to 11, wanted 0 to 10"),
         (lambda w: F.embedding(torch.tensor([0]), w, None, 1.0), RuntimeError, "max_norm"),
         (lambda w: w[11], IndexError, "index: got 11 to 11"),
+        (lambda w: w[::-1], ValueError, "index: got a step of -1"),
         (lambda w: w.split(0), ValueError, "split_size: got 0, wanted a positive number"),
     ],
 )

@@ -121,15 +121,26 @@ def test_sharded_in_half_precision_and_merged(tmp_path):
     torch.testing.assert_close(logits(dense), logits(model))
 
 
+ON_DISK = dict.fromkeys(("lm_head", *(f"transformer.{own}" for own in ("wte", "wpe", "ln_f", "h.0"))), "cpu")
+ON_DISK["transformer.h.1"] = "disk"
+
+
 @pytest.mark.parametrize("name", ["replaced", "fitted", "low_rank"])
 def test_a_layer_that_stays_on_disk(name, tmp_path):
     model = gpt2(CONFIGS[name])
     model.save_pretrained(tmp_path)
-    places = {"transformer.h.1": "disk", "lm_head": "cpu", "transformer.h.0": "cpu"}
-    places |= {f"transformer.{own}": "cpu" for own in ("wte", "wpe", "ln_f")}
-    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "there")
+    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=ON_DISK, offload_folder=tmp_path / "there")
     assert all(parameter.is_meta for parameter in found.transformer.h[1].parameters())
     torch.testing.assert_close(logits(found.eval()), logits(model))
+
+
+def test_a_layer_that_should_be_on_disk_and_is_not(tmp_path):
+    gpt2(CONFIGS["replaced"]).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.h.1.attn.c_attn.head"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"the file has no transformer\.h\.1\.attn\.c_attn\.head"):
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=ON_DISK, offload_folder=tmp_path / "there")
 
 
 def t5():

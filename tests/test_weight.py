@@ -47,8 +47,7 @@ RUNS = {
     "addmm": lambda w: torch.addmm(torch.ones(B, N).double(), x, w.T),
     "W.T @ y": lambda w: w.T @ x[:N],
     "to": lambda w: F.linear(x.float(), w.to(torch.float32)).double(),
-    "double": lambda w: F.linear(x, w.double()),
-    "addmm, beta 0": lambda w: torch.addmm(torch.full((N,), torch.nan).double(), x, w.T, beta=0),
+    "double": lambda w: F.linear(x, w.double(memory_format=torch.preserve_format)),
     "rows": lambda w: w[2:5],
     "rows, every column": lambda w: w[2:5, :],
     "rows, and whatever else": lambda w: w[torch.tensor([3, 0]), ...],
@@ -63,6 +62,7 @@ FORMED = {
     "norm": lambda w: torch.linalg.vector_norm(w),
     "stack": lambda w: torch.stack([w, w]),
     "scaled": lambda w: 2 * w,
+    "addmm, beta 0": lambda w: torch.addmm(torch.full((N,), torch.nan).double(), x, w.T, beta=0),
     "mm, by another name": lambda w: torch.mm(x, mat2=w.T),
 }
 
@@ -125,6 +125,7 @@ IN_PLACE = {
     "[]": lambda w: w.__setitem__(0, 1),
     "*=": lambda w: w.__imul__(2),
     "out": lambda w: torch.mm(x[:N], torch.eye(K).double(), out=w),
+    "outs": lambda w: torch.max(x, 0, out=(w, torch.empty(0, dtype=torch.int64))),
 }
 
 
@@ -140,6 +141,15 @@ def test_under_autocast():
         half = GeneratedWeight(weight.hidden.bfloat16(), weight.head, (N, K))
         y = F.linear(x.float(), half)
     assert y.dtype == half.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:.*forms a generated weight")
+def test_products_with_a_generated_bias():
+    hidden, head = torch.randn(2, 1, 6).double(), torch.randn(6, 4, 1).double()
+    bias, v = GeneratedWeight(hidden, head, (N,)), torch.randn(N, 3).double()
+    torch.testing.assert_close(bias @ v, form(bias) @ v)
+    torch.testing.assert_close(bias @ v[:, 0], form(bias) @ v[:, 0])
+    torch.testing.assert_close(v.T @ bias, v.T @ form(bias))
 
 
 def test_more_contexts_than_one_are_not_one_tensor():
