@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hyperkernels as hk
 from hyperkernels.backends import triton_fused
@@ -24,6 +24,8 @@ CUDA = torch.cuda.is_available()
 with patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):  # it is read when kernels are defined
     import_module("hyperkernels.kernels.launch")
 
+CEILINGS = {"gflop_per_s": 100.0, "gb_per_s": 20.0}
+TINY = ("--quick", "--shape", "64x64", "--rounds", "2")
 DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
 ENGINES = [("cpu", "cpu"), *(("torch", device) for device in DEVICES), *([("triton", "cuda")] if CUDA else [])]
 SMALL = Grid(10, 7, 4, 3)
@@ -132,3 +134,35 @@ def can(backend: str, dtype: torch.dtype, per_chunk_heads: bool = False) -> bool
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        self.body = nn.Linear(8, 8)
+        self.again = self.body
+        self.out = nn.Linear(8, 12, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.out(self.again(self.body(self.embedding(ids)).relu()))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Sequential(nn.Linear(32, 32, bias=False)), nn.Linear(32, 4))
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """Results of a few tiny suites of `hyperkernels bench`, as it saves them; the ceilings are no machine's."""
+    from hyperkernels import cli
+    from hyperkernels.bench import command
+
+    path = tmp_path_factory.mktemp("bench") / "tiny.json"
+    chosen = ("linear", "contexts", "conv", "train-step", "decode", "memory")
+    given = ["bench", *chosen, *TINY, "--json", str(path), "--csv", str(path.with_suffix(".csv"))]
+    # torch.compile takes longer than all of them
+    with patch.object(torch, "compile", lambda f, **_: f), patch.object(command, "ceilings", lambda *_: CEILINGS):
+        assert cli.main(given) == 0
+    return path

@@ -6,26 +6,10 @@ import copy
 
 import pytest
 import torch
+from conftest import Tied, mlp
 from torch import nn
 
 import hyperkernels as hk
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(12, 8)
-        self.body = nn.Linear(8, 8)
-        self.again = self.body
-        self.out = nn.Linear(8, 12, bias=False)
-        self.out.weight = self.embedding.weight
-
-    def forward(self, ids):
-        return self.out(self.again(self.body(self.embedding(ids)).relu()))
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Sequential(nn.Linear(32, 32, bias=False)), nn.Linear(32, 4))
 
 
 def test_swaps_every_linear_and_merges_back():
@@ -231,22 +215,6 @@ def test_a_place_that_refuses_leaves_all_as_they_were(mode):
     assert list(model.modules()) == before
 
 
-def test_patterns_say_what_is_built_where():
-    model = mlp()
-    configs = {r"2\..*": hk.HyperConfig(width=3), "3": None, r"0": hk.HyperConfig(width=5, mode="fit", chunk=(4, 4))}
-    report = hk.hyperize_(model, configs)
-    assert [(layer.name, layer.mode) for layer in report.swapped] == [("0", "fit"), ("2.0", "replace")]
-    assert (model[0].width, model[2][0].width) == (5, 3)
-    assert report.skipped == {"3": "config leaves '3'"}
-    assert hk.hyperize_(mlp(), {"0": hk.HyperConfig()}).skipped["3"] == "no pattern of config matches it"
-    with pytest.raises(ValueError, match=r"config: 'nothing' matches no layer: .*; the model has '0', '2\.0', '3'$"):
-        hk.hyperize_(mlp(), {"nothing": hk.HyperConfig(), ".*": None})
-    with pytest.raises(ValueError, match=r"'2' matches no layer: .*'\.\*\(\?:2\)\.\*' would match '2\.0'$"):
-        hk.hyperize_(mlp(), {"2": hk.HyperConfig()})
-    with pytest.raises(ValueError, match="the model has none"):
-        hk.hyperize_(nn.ReLU(), {"2": hk.HyperConfig()})
-
-
 @pytest.mark.parametrize("mode", ["replace", "fit", "residual"])
 def test_a_dry_run_reports_and_changes_nothing(mode):
     model = mlp()
@@ -289,42 +257,6 @@ def test_a_fit_says_its_error():
     assert not torch.allclose(model(x), dense, atol=1e-3)
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-def test_a_change_of_a_frozen_layer(rank):
-    model, x, z = mlp(), torch.randn(5, 16), torch.randn(5, 3)
-    dense = model(x)
-    report = hk.hyperize_(model, hk.HyperConfig(width=4, mode="residual", rank=rank, context_features=3))
-    with hk.context(z):
-        assert torch.equal(model(x), dense)
-    parts = [part for layer in report.swaps for part in layer.new.change]
-    assert len(parts) == 3 * (1 if rank is None else 2)
-    assert {p for p in model.parameters() if p.requires_grad} == {p for part in parts for p in part.parameters()}
-    assert report.swapped[0].parameters == sum(p.numel() for p in model[0].change.parameters())
-    for part in parts:
-        nn.init.normal_(part.head, std=0.1)
-    with hk.context(z[0]):
-        changed = model(x)
-        read = torch.nn.functional.linear(x, model[0].weight, model[0].bias)
-        torch.testing.assert_close(read, model[0](x))
-    assert not torch.allclose(changed, dense, atol=1e-2)
-    torch.testing.assert_close(hk.merge_(copy.deepcopy(model), z[0])(x), changed)
-    assert "0.base" not in hk.hyperize_(model, hk.HyperConfig(width=4)).skipped
-
-
-def test_a_change_of_a_convolution():
-    model, x = (
-        nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.Conv2d(6, 6, 3, groups=2)),
-        torch.randn(2, 4, 9, 9),
-    )
-    hk.hyperize_(model, {"0": hk.HyperConfig(width=4, mode="residual", rank=2), "1": hk.HyperConfig(mode="residual")})
-    for part in (*model[0].change, *model[1].change):
-        nn.init.normal_(part.head, std=0.1)
-    wanted = model(x)
-    torch.testing.assert_close(hk.merge_(model)(x), wanted)
-    with pytest.raises(ValueError, match="rank: got 2, wanted None for a transposed convolution, or one in groups"):
-        hk.hyperize_(model, hk.HyperConfig(mode="residual", rank=2))
-
-
 @pytest.mark.parametrize("keywords", [{}, {"context_features": 3}, {"mode": "residual", "rank": 2}])
 def test_nobody_looks_into_layers_that_are_swapped_already(keywords):
     model = mlp()
@@ -332,19 +264,6 @@ def test_nobody_looks_into_layers_that_are_swapped_already(keywords):
     report = hk.hyperize_(model, hk.HyperConfig(width=4))
     assert [layer.name for layer in report.swapped] == ["3"]
     assert report.skipped == {}
-
-
-def test_the_change_of_a_layer_whose_weight_is_anothers_too_freezes_a_copy():
-    model, ids = Tied(), torch.randint(12, (5,))
-    dense = model(ids)
-    report = hk.hyperize_(model, {"out": hk.HyperConfig(width=4, mode="residual", output_head=True)})
-    assert torch.equal(model(ids), dense)
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["out.base.weight"]
-    model(ids).sum().backward()
-    assert model.embedding.weight.grad is not None
-    report.restore()
-    assert model.out.weight is model.embedding.weight
-    assert model.out.weight.requires_grad
 
 
 def test_one_head_for_layers_that_are_alike():
@@ -402,37 +321,6 @@ def test_a_layers_weight_is_there_for_who_reads_it():
         nn.init.zeros_(weight)
 
 
-@pytest.mark.parametrize(
-    ("keywords", "match"),
-    [
-        ({"mode": "fast"}, "mode: got 'fast', wanted one of replace, fit, residual"),
-        ({"mode": "fit", "bias": True}, "bias: got True, wanted None"),
-        ({"rank": 3}, "rank: got 3, wanted None"),
-        ({"rank": 0, "mode": "residual"}, "rank: got 0, wanted a positive integer"),
-        ({"mode": "fit", "share_head": True}, "share_head"),
-        ({"mode": "residual", "rank": 2, "chunk": (4, 4)}, r"chunk: got \(4, 4\), wanted None"),
-        ({"width": -1}, "width: got -1, wanted a positive integer"),
-        ({"width": "8"}, "width: got '8', wanted a positive integer"),
-        ({"width": None}, "width: got None, wanted a positive integer"),
-        ({"width": True}, "width: got True, wanted a positive integer"),
-        ({"context_features": 2.0}, r"context_features: got 2\.0, wanted a positive integer"),
-        ({"chunk": 5}, r"chunk: got 5, wanted \(rows, cols\)"),
-        ({"chunk": (0, 1)}, r"chunk: got \(0, 1\), wanted \(rows, cols\)"),
-        ({"share_head": "yes"}, "share_head: got 'yes', wanted True or False"),
-        ({"output_head": 1}, "output_head: got 1, wanted True or False"),
-        ({"bias": "made"}, "bias: got 'made', wanted None, True"),
-    ],
-)
-def test_settings_that_are_none_or_do_not_go_together(keywords, match):
-    with pytest.raises(ValueError, match=match):
-        hk.HyperConfig(**keywords)
-
-
-def test_changes_have_no_biases():
-    with pytest.raises(ValueError, match="change: got"):
-        hk.nn.HyperResidual(nn.Linear(4, 4), [hk.HyperLinear(4, 4)])
-
-
 def test_a_layer_swapped_without_its_bias_merges_to_one_of_zeros():
     """transformers' Conv1D always has a bias, and its memory is anything at first."""
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -463,15 +351,3 @@ def test_a_chunk_is_cropped_to_a_group(layer):
     wanted = model(x).shape
     hk.hyperize_(model, hk.HyperConfig(chunk=(8, 24), width=2))
     assert model(x).shape == wanted
-
-
-def test_a_key_that_is_no_pattern_is_named():
-    with pytest.raises(TypeError, match="config: got the key 0, wanted a regular expression"):
-        hk.hyperize_(nn.Sequential(nn.Linear(8, 8)), {0: hk.HyperConfig()})
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_change_is_in_the_mode_of_its_layer(training):
-    model = mlp().train(training)
-    hk.hyperize_(model, hk.HyperConfig(width=2, mode="residual"))
-    assert {module.training for module in model.modules()} == {training}

@@ -1,0 +1,92 @@
+"""`hyperkernels plot` and `report`: pictures and a page of saved results."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hyperkernels import cli
+
+pytest.importorskip("rich", reason="the command line draws its tables with rich")
+pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+pytest.importorskip("pydantic", reason="results are read with pydantic")
+
+from hyperkernels.bench import plots, results
+
+
+def test_plots_are_drawn_without_a_display(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    assert cli.main(["plot", str(measured), "--output", str(tmp_path)]) == 0
+    written = capsys.readouterr().out.split()
+    assert {Path(name).name for name in written} >= {
+        f"tiny-{n}.{k}" for n in ("speedup", "memory") for k in ("png", "svg")
+    }
+    assert all(Path(name).stat().st_size > 5000 for name in written)
+
+
+def test_pictures_hold_what_was_measured(measured):
+    found = results.load(measured)
+    drawn = plots.figures(found)
+    assert drawn.keys() == {"speedup", "roofline", "memory"}
+    (axis,) = [axis for axis in drawn["memory"].axes if axis.get_visible()]
+    ours = next(line for line in axis.lines if line.get_label() == "hyperkernels")
+    rows = [row for row in found["rows"] if row["suite"] == "memory"]
+    assert list(ours.get_xdata()) == [row["values"]["weights"] for row in rows]
+    assert list(ours.get_ydata()) == pytest.approx([row["peak_mib"]["hyperkernels"] for row in rows], abs=1e-3)
+    points = next(line for line in drawn["roofline"].axes[0].lines if line.get_label() == "hyperkernels")
+    assert len(points.get_xdata()) == sum("hyperkernels" in row["bytes"] for row in found["rows"])
+    (axis,) = [axis for axis in drawn["speedup"].axes if axis.get_visible() and axis.get_title() == "forward, 64x64"][
+        :1
+    ]
+    curve = next(line for line in axis.lines if line.get_label() == "materialise")
+    rows = [row for row in found["rows"] if row["suite"] == "linear"]
+    assert list(curve.get_ydata()) == [results.ratio(row, "materialise") for row in rows]
+
+
+def test_the_star_lies_where_the_factor_passes_1(measured):
+    found = results.load(measured)
+    found["rows"] = [row for row in found["rows"] if row["suite"] == "linear"]
+    for row, factor in zip(found["rows"], (0.5, 0.5, 2.0)):
+        row["times"] = {name: {"p20_ms": 1.0, "p50_ms": 1.0, "p80_ms": 1.0} for name in ("hyperkernels", "dense")}
+        row["times"]["dense"]["p50_ms"], row["flops"], row["bytes"] = factor, {}, {}
+    (axis,) = [axis for axis in plots.figures(found)["speedup"].axes if axis.get_visible()]
+    (star,) = [line for line in axis.lines if line.get_marker() == "*"]
+    assert list(star.get_xdata()) == pytest.approx([64.0])  # between 16 and 256, in logarithms
+    assert "where it passes 1" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_the_crossover_lies_between_the_batches_where_the_factor_passes_1():
+    from hyperkernels.bench.plots import crossover
+
+    assert crossover([(1, 0.5), (4, 2.0)]) == pytest.approx(2.0)
+    assert crossover([(1, 4.0), (16, 0.25)]) == pytest.approx(4.0)
+    assert crossover([(1, 2.0), (4, 3.0)]) is None
+
+
+def test_the_report_needs_no_other_file(measured, tmp_path):
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(measured), "--output", str(page)]) == 0
+    text = page.read_text()
+    pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)
+    assert len(pictures) == text.count("<img") >= 3
+    assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in pictures)
+    assert not re.search(r"<script|<link|https?://", text)
+    for row in results.load(measured)["rows"]:
+        assert row["case"] in text
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium to look at it with")
+def test_a_browser_finds_nothing_amiss_in_the_report(measured, tmp_path):
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(measured), "--output", str(page)]) == 0
+    check = "<script>onload = () => { document.title = [...document.images].every(i => i.naturalWidth > 100) }</script>"
+    page.write_text(page.read_text().replace("</body>", f"{check}</body>"))
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    seen = subprocess.run([*browser, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    assert "<title>true</title>" in seen.stdout
+    assert "CONSOLE" not in seen.stderr
