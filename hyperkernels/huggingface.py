@@ -125,6 +125,7 @@ def _check_files(files: Any, model: Any, layers: Iterable[str], here: Callable[[
     """A hyper layer's tensors are those that `config.json` makes it have, or fewer, of their shapes, and no other layer
     has such: transformers would only warn. What is there, by its name here."""
     modules, known, there = dict(model.named_modules()), {*layers, ""}, set()
+    within = tuple(f"{name}." for name in layers)
     wanted = {
         f"{name}.{own}": list(value.shape)
         for name in layers
@@ -140,7 +141,7 @@ def _check_files(files: Any, model: Any, layers: Iterable[str], here: Callable[[
             owner = re.split(r"\.(?:hypernet|change)\.", key)[0]
             if owner in modules.keys() - known:
                 raise ValueError(f"config.json: names no hyper layer {owner!r}, of which {file} has the tensors")
-            if key.startswith(tuple(f"{name}." for name in layers)) and shape != wanted.get(key):
+            if key.startswith(within) and shape != wanted.get(key):
                 told = f"{key} of shape {wanted[key]}" if key in wanted else f"a layer without {key}"
                 raise ValueError(f"config.json: wants {told}, of which {file} has one of shape {shape}")
     return there

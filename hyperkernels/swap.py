@@ -108,8 +108,8 @@ def hyperize_(
             if configs[layer].mode == "residual":  # what is another's as well goes on learning there, a copy is frozen
                 new = HyperResidual(copy.deepcopy(layer) if _shared(called, layer, names[layer]) else layer, parts)
                 new.train(layer.training)
-            elif new.bias is not None and _also(called, layer.bias, names[layer]):
-                new.bias = layer.bias  # the weight alone parts from the others
+            else:
+                _keep_shared_bias(called, layer, new, names[layer])
             new.config = configs[layer] if configs[layer].rank else replace(configs[layer], chunk=parts[0].chunk)
             places |= dict.fromkeys(names[layer], new)
             report.swaps.append(Swap(layer, new, names[layer], learned))
@@ -194,8 +194,7 @@ def merge_(model: nn.Module, context: Tensor | None = None) -> nn.Module:
         return built[model]
     called = _called(model)
     for layer, dense in built.items():
-        if isinstance(layer, HyperLayer) and _also(called, layer.bias, names[layer]):
-            dense.bias = layer.bias
+        _keep_shared_bias(called, layer, dense, names[layer])
     _put(model, {name: new for layer, new in built.items() for name in names[layer]})
     return model
 
@@ -270,6 +269,12 @@ def _called(model: nn.Module) -> dict[Any, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         called.setdefault(parameter, []).append(name)
     return called
+
+
+def _keep_shared_bias(called: dict[Any, list[str]], layer: Any, new: Any, names: list[str]) -> None:
+    """The weight alone parts from what else has the bias: else its other owner would keep one that nothing reads."""
+    if new.bias is not None and _also(called, layer.bias, names):
+        new.bias = layer.bias
 
 
 def _also(called: dict[Any, list[str]], parameter: Tensor | None, names: list[str]) -> str:
