@@ -15,11 +15,12 @@ from hyperkernels.bench.case import OURS, Case, Contestants
 from hyperkernels.weight import AbsentWeight, form
 
 
-def regularizer(tasks: int, layers: int, size: int, m: int, chunk: tuple[int, int] = (64, 64)) -> Case:
+def regularizer(tasks: int, layers: int, size: int, m: int, chunk: tuple[int, int] | int = (64, 64)) -> Case:
     """von Oswald et al.'s output regulariser and its gradients, of all earlier tasks: against all their weights formed,
-    now and as they were."""
+    now and as they were. A chunk of one number is one of a flat vector."""
     shapes = {str(n): (size, size) for n in range(layers)}
-    net = hk.HyperNet(shapes, context_features=32, chunk=chunk, width=m)
+    layout = "flat" if isinstance(chunk, int) else "tiles"
+    net = hk.HyperNet(shapes, context_features=32, chunk=chunk, width=m, layout=layout)
     z, parameters = torch.randn(tasks, 32), list(net.parameters())
     before = copy.deepcopy(net).requires_grad_(False)
     with torch.no_grad():
@@ -43,7 +44,7 @@ def regularizer(tasks: int, layers: int, size: int, m: int, chunk: tuple[int, in
         value.backward()
         return {"value": value.detach(), **{n: p.grad for n, p in high.named_parameters() if p.grad is not None}}
 
-    weights, cut = layers * size * size, "x".join(map(str, chunk))
+    weights, cut = layers * size * size, f"{chunk}" if isinstance(chunk, int) else "x".join(map(str, chunk))
     contestants: Contestants = {
         "materialise": lambda: step(formed),
         OURS: lambda: step(output_regularizer),

@@ -53,8 +53,9 @@ ALGEBRA_CASES: dict[str, Callable[[], Case]] = {
     "algebra_regularizer": claim(regularizer, 10, 4, 512, 16, faster={"materialise": 20}),
     "algebra_regularizer_wide": claim(regularizer, 10, 4, 512, 32, faster={"materialise": 20}),
     "algebra_regularizer_default_chunk": claim(
-        regularizer, 10, 4, 512, 32, default_chunk(512, 512, 32), faster={"materialise": 5}
+        regularizer, 10, 4, 512, 32, default_chunk(512, 512, 32), faster={"materialise": 12}
     ),
+    "algebra_regularizer_flat": claim(regularizer, 10, 4, 512, 32, 42_000),
 }
 MODEL_CASES: dict[str, Callable[[], Case]] = {
     "model_decode": claim(decode, faster={"dense": 1.5}),

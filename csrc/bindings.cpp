@@ -6,6 +6,7 @@
 
 #include "cpu/dense.h"
 #include "cpu/few_rows.h"
+#include "cpu/moments.h"
 #include "cpu/step.h"
 
 namespace py = pybind11;
@@ -86,6 +87,25 @@ FewRows few_rows(std::vector<int64_t> extent, int64_t out_features, int64_t in_f
     return FewRows(shape, threads, chosen(isa));
 }
 
+Moments moments(int64_t contexts, int64_t chunks, int64_t width, int activation, int storage, int threads,
+                const std::string& isa) {
+    const InstructionSet& set = chosen(isa);
+    bool wide = static_cast<Storage>(storage) == Storage::f64;
+    if (!(wide || static_cast<Storage>(storage) == Storage::f32) || width % (wide ? set.f64 : set.f32)->lanes)
+        throw py::value_error("width: wanted whole vectors; storage: fp32 or fp64");
+    if (contexts < 1 || chunks < 1 || threads < 1) throw py::value_error("contexts, chunks, threads: wanted some");
+    return Moments(contexts, chunks, width, static_cast<Activation>(activation), static_cast<Storage>(storage), threads,
+                   set);
+}
+
+// (context, chunks, scale) of each
+std::vector<HiddenLayer> hidden_layers(const std::vector<std::array<uintptr_t, 3>>& given) {
+    std::vector<HiddenLayer> layers;
+    for (auto [context, chunks, scale] : given)
+        layers.push_back({reinterpret_cast<char*>(context), reinterpret_cast<char*>(chunks), reinterpret_cast<char*>(scale)});
+    return layers;
+}
+
 // Multiplications and additions per second of one thread whose operands never leave its registers.
 double peak_flops_per_s(const std::string& isa, int64_t vectors) {
     const Kernels& kernels = *chosen(isa).f32;
@@ -138,5 +158,24 @@ PYBIND11_MODULE(_cpu, module) {
             auto at = [](uintptr_t address) { return reinterpret_cast<char*>(address); };
             py::gil_scoped_release unlocked;
             few.run(at(x), at(hidden), at(head), at(bias), at(y), rows, at(workspace));
+        });
+    py::class_<Moments>(module, "Moments")
+        .def(py::init(&moments), py::kw_only(), py::arg("contexts"), py::arg("chunks"), py::arg("width"),
+             py::arg("activation"), py::arg("storage"), py::arg("threads"), py::arg("isa"))
+        .def_property_readonly("slices", &Moments::slices)
+        .def_property_readonly("threads", &Moments::threads)
+        .def("run", [](const Moments& moments, const std::vector<std::array<uintptr_t, 3>>& layers, uintptr_t sums) {
+            auto given = hidden_layers(layers);
+            py::gil_scoped_release unlocked;
+            moments.run(given, reinterpret_cast<char*>(sums));
+        })
+        .def("pull_back", [](const Moments& moments, const std::vector<std::array<uintptr_t, 3>>& layers, uintptr_t sides,
+                             const std::vector<std::array<uintptr_t, 2>>& sums) {
+            auto given = hidden_layers(layers);
+            std::vector<LayerSums> to;
+            for (auto [dcontext, dchunks] : sums)
+                to.push_back({reinterpret_cast<char*>(dcontext), reinterpret_cast<char*>(dchunks)});
+            py::gil_scoped_release unlocked;
+            moments.pull_back(given, reinterpret_cast<char*>(sides), to);
         });
 }

@@ -21,7 +21,8 @@ from hyperkernels.chunking import Grid, check_sizes
 from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight
 from hyperkernels.functional import hyper_linear
-from hyperkernels.matrices import Matrix, all_of, unrounded
+from hyperkernels.matrices import Matrix, all_of
+from hyperkernels.moments import unrounded
 from hyperkernels.weight import AbsentWeight, shape_of
 
 
@@ -103,8 +104,11 @@ def inner(a: AbsentWeight, b: AbsentWeight) -> Tensor:
 
 @unrounded
 def norm(a: AbsentWeight) -> Tensor:
-    """`||W_g||`, the Frobenius norm: `[G]`, or a number. Its square, summed, is weight decay on what is generated."""
-    return _root(inner(a, a))
+    """`||W_g||`, the Frobenius norm: `[G]`, or a number. Its square, summed, is weight decay on what is generated.
+
+    Memory: `[G, m, m]`; hidden `[G, I*J, m]`, if it is not additive.
+    """
+    return _each(_root(matrices.sum_of_squares([Matrix.of(a, "a")])))
 
 
 @unrounded
@@ -132,7 +136,7 @@ def squared_distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     Of equal widths the difference is `sum_k (h_k - h'_k) (x) p_k + h'_k (x) (p_k - p'_k)`, a generated weight as well:
     weights that nearly agree lose no digits to each other. Arguments and errors as for `inner`.
 
-    Memory: hidden `[G, I*J, 2 m]`, and twice the head.
+    Memory: `[G, 2 m, 2 m]`, and twice the head; hidden `[G, I*J, 2 m]`, if it is not additive.
     """
     return _each(matrices.squared_distances([_check_pair(*_matrices(a, b))]))
 
@@ -222,8 +226,8 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
         earlier: `{name: GeneratedWeight}` of the hypernetwork as it was, for the same tasks; a copy of it, without
             gradients, gives them.
 
-    Memory: as `squared_distance`. No weight is formed, of either. Time goes with hidden's numbers, `G * I*J * m`, and
-    the head's: chunks of 64x64 and larger make it cheap, small ones have nearly as many numbers as the weights.
+    Memory: as `squared_distance`. No weight is formed, of either. Time goes with `G * I*J * m^2` and the head's numbers
+    times m: chunks of 64x64 and larger, of which a weight has few, make it cheap.
 
     Raises:
         TypeError, ValueError: the names differ, or as `inner`.

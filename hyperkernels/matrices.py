@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,21 +14,8 @@ from hyperkernels.chunking import Grid, ceil_div
 from hyperkernels.deferred import made
 from hyperkernels.flat import FlatWeight, stretches
 from hyperkernels.hidden import AdditiveHidden
-from hyperkernels.watched import transformed
+from hyperkernels.moments import Layer, gram, moments, side_by_side
 from hyperkernels.weight import AbsentWeight, is_one
-
-
-def unrounded(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Outside of autocast, which would take products, and squares with them, in half precision."""
-
-    @wraps(run)
-    def full(*args: Any, **kwargs: Any) -> Any:
-        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-            return run(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return run(*args, **kwargs)
-
-    return full
 
 
 class Stretch(NamedTuple):
@@ -110,13 +97,19 @@ def all_of(weights: Mapping[str, AbsentWeight], argument: str = "weights") -> di
 
 
 class Part(NamedTuple):
-    """Chunks that are cropped alike: hidden `[G, C, m]` or additive `[G, C, 1, m]`, what is left of the head, `[m, n]`
-    or `[C, m, n]`, the scale, and a key that is equal where that is left."""
+    """Chunks that are cropped alike: hidden `[G, C, m]` or additive `[G, C, 1, m]`, the scale, and their numbers' head,
+    of which `begin` to `end` are left: `[m, n]` or `[C, m, n]`, and a key that is equal where that is."""
 
     hidden: Tensor | AdditiveHidden
-    head: Tensor
     scale: float | Tensor
+    head: Tensor
+    begin: int
+    end: int
     key: tuple[int, ...]
+
+    def own(self) -> Tensor:
+        """What is left of the head."""
+        return self.head[..., self.begin : self.end]
 
 
 def parts_of(matrix: Matrix) -> Iterator[Part]:
@@ -125,7 +118,7 @@ def parts_of(matrix: Matrix) -> Iterator[Part]:
     hidden, head, scale, cut, of = matrix
     if isinstance(cut, Stretch):
         for first, last, begin, end in stretches(*cut):
-            yield Part(formed(hidden)[:, 0, first:last], head[:, 0, begin:end], scale, (*of, begin, end))
+            yield Part(_some(hidden, slice(0, 1), slice(first, last)), scale, head[:, 0], begin, end, of)
         return
     I, J = cut.I, cut.J
     for i, r in cropped_alike(I, cut.rows, cut.out_features):
@@ -133,11 +126,14 @@ def parts_of(matrix: Matrix) -> Iterator[Part]:
             own = head.unflatten(0, (I, J))[i, j].flatten(0, 1) if head.dim() == 4 else head
             own = own if (r, q) == (cut.rows, cut.cols) else own[..., :r, :q]
             key = (*of, r, q, *((i.start, j.start) if head.dim() == 4 else ()))
-            if isinstance(hidden, AdditiveHidden):
-                some: Any = hidden.with_chunks(hidden.chunks[i, j].reshape(-1, 1, hidden.shape[-1]))
-            else:
-                some = hidden[:, i, j].flatten(1, 2)
-            yield Part(some, own.flatten(-2), scale, key)
+            yield Part(_some(hidden, i, j), scale, own.flatten(-2), 0, r * q, key)
+
+
+def _some(hidden: Tensor | AdditiveHidden, i: slice, j: slice) -> Tensor | AdditiveHidden:
+    """Of some chunks, in one row."""
+    if isinstance(hidden, AdditiveHidden):
+        return hidden.with_chunks(hidden.chunks[i, j].reshape(-1, 1, hidden.shape[-1]))
+    return hidden[:, i, j].flatten(1, 2)
 
 
 def formed(hidden: Tensor | AdditiveHidden) -> Tensor:
@@ -156,21 +152,20 @@ def scaled(hidden: Tensor, scale: float | Tensor) -> Tensor:
     return hidden if is_one(scale) else scale * hidden
 
 
-def together(parts: Sequence[Part]) -> Tensor:
-    """The hiddens of some parts side by side, `[G, C, m]`, times their scales; of additive ones that have a context in
-    common, formed at once."""
+def together(parts: Sequence[Part]) -> Layer:
+    """The hiddens of some parts side by side; additive ones that have a context in common stay additive."""
     hiddens: list[Any] = [part.hidden for part in parts]
-    first, scale = hiddens[0], parts[0].scale
-    if any(part.scale is not scale for part in parts):
+    first, scale = hiddens[0], None
+    if not all(is_one(part.scale) for part in parts):
         like = parts[0].head
         given: Any = {"dtype": like.dtype, "device": like.device}
-        scale = torch.cat([torch.as_tensor(p.scale, **given).expand(p.hidden.shape[1], 1) for p in parts])
-    if all(isinstance(h, AdditiveHidden) for h in hiddens):
-        alike = all(h.context is first.context and h.activation == first.activation for h in hiddens)
-        if alike and len(hiddens) > 1:
-            hiddens = [first.with_chunks(torch.cat([h.chunks for h in hiddens]))]
-    found = [h.materialize()[:, :, 0] if isinstance(h, AdditiveHidden) else h for h in hiddens]
-    return scaled(torch.cat(found, 1) if len(found) > 1 else found[0], scale)
+        scales = [torch.as_tensor(p.scale, **given).expand(p.hidden.shape[1], 1) for p in parts]
+        scale = torch.cat(scales) if len(scales) > 1 else scales[0]
+    additive = all(isinstance(h, AdditiveHidden) for h in hiddens)
+    if additive and all(h.context is first.context and h.activation == first.activation for h in hiddens):
+        return Layer(first.with_chunks(torch.cat([h.chunks for h in hiddens])) if len(hiddens) > 1 else first, scale)
+    found = [Layer(h, None).formed() for h in hiddens]
+    return Layer(torch.cat(found, 1) if len(found) > 1 else found[0], scale)
 
 
 def cropped_alike(count: int, size: int, extent: int) -> list[tuple[slice, int]]:
@@ -189,116 +184,53 @@ def mixed(hidden: Tensor, grams: Tensor) -> Tensor:
 def pairs(a: Matrix, b: Matrix) -> Iterator[tuple[Tensor, Tensor]]:
     """`<W, W'>` is the sum over these of their products: `[G, C*m']` of a, and of b."""
     for left, right in zip(parts_of(a), parts_of(b)):
-        own, other = together([left]), together([right])
-        yield mixed(own, left.head @ right.head.mT).flatten(1), other.flatten(1)
-
-
-def sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
-    """`sum_l ||M_l||^2`, `[G]`: of chunks that read the same head `P P^T` is made once."""
-    groups: dict[tuple[int, ...], list[Part]] = {}
-    for matrix in matrices:
-        for part in parts_of(matrix):
-            groups.setdefault(part.key, []).append(part)
-    found = [_squares(together(parts), parts[0].head) for parts in groups.values()]
-    return torch.stack(found).sum(0).clamp_min(0)
-
-
-def _squares(hidden: Tensor, head: Tensor) -> Tensor:
-    return (squares if transformed() else Squares.apply)(hidden, head)  # type: ignore[return-value]
-
-
-def squares(hidden: Tensor, head: Tensor) -> Tensor:
-    """`sum_c h_c P P^T h_c^T` of every context, `[G]`."""
-    return (mixed(hidden, head @ head.mT) * hidden).sum((1, 2))
-
-
-class Squares(torch.autograd.Function):
-    """`squares`, whose backward knows that `P P^T` and `H^T H` are symmetric: half the products."""
-
-    @staticmethod
-    def forward(ctx, hidden, head):
-        through = mixed(hidden, head @ head.mT)
-        ctx.save_for_backward(hidden, head, through)
-        return (through * hidden).sum((1, 2))
-
-    @staticmethod
-    @unrounded
-    def backward(ctx, d):
-        hidden, head, through = ctx.saved_tensors
-        needs, factors = ctx.needs_input_grad, (hidden, head)
-        if torch.is_grad_enabled():  # this is to be differentiated again
-            wanted = [factor for factor, needed in zip(factors, needs) if needed]
-            found = iter(torch.autograd.grad(squares(*factors), wanted, d, create_graph=True))
-            return tuple(next(found) if needed else None for needed in needs)
-        d = 2 * d[:, None, None]
-        dhead = _over_chunks(d * hidden, hidden, head) if needs[1] else None
-        return d * through if needs[0] else None, dhead
-
-
-def _over_chunks(left: Tensor, right: Tensor, head: Tensor) -> Tensor:
-    """`sum left^T right head`: of one head the sum over its chunks, of each chunk's its own."""
-    left, right = (v.transpose(0, 1) if head.dim() == 3 else v.flatten(0, 1) for v in (left, right))
-    return left.mT @ right @ head
-
-
-def apart(own: Tensor, others: Tensor, head: Tensor, other: Tensor) -> Tensor:
-    """`sum_c ||h_c P - h'_c P'||^2` of every context, `[G]`, from differences, which nearly equal weights need:
-    `h P - h' P' = (h - h') P + h' (P - P')`."""
-    return squares(torch.cat([own - others, others], -1), torch.cat([head, head - other], -2))
-
-
-class Apart(torch.autograd.Function):
-    """`apart`. With R = h P - h' P' its derivatives are `2 R P^T` and `2 h^T R`, and minus those of the other side; R
-    stays a product of two factors, `[h - h', h']` and `[P; P - P']`."""
-
-    @staticmethod
-    def forward(ctx, own, others, head, other):
-        m = own.shape[-1]
-        hidden, both = own.new_empty(*own.shape[:-1], 2 * m), head.new_empty(*head.shape[:-2], 2 * m, head.shape[-1])
-        torch.sub(own, others, out=hidden[..., :m])
-        hidden[..., m:] = others
-        both[..., :m, :] = head
-        torch.sub(head, other, out=both[..., m:, :])
-        through = mixed(hidden, both @ both.mT)
-        ctx.save_for_backward(own, others, head, other, hidden, both, through)
-        return (through * hidden).sum((1, 2))
-
-    @staticmethod
-    @unrounded
-    def backward(ctx, d):
-        *factors, hidden, both, through = ctx.saved_tensors
-        needs, (own, others, *_) = ctx.needs_input_grad, factors
-        if torch.is_grad_enabled():  # this is to be differentiated again
-            wanted = [factor for factor, needed in zip(factors, needs) if needed]
-            found = iter(torch.autograd.grad(apart(*factors), wanted, d, create_graph=True))
-            return tuple(next(found) if needed else None for needed in needs)
-        d = 2 * d[:, None, None]
-        near, far = through.chunk(2, -1)
-        return (
-            d * near if needs[0] else None,
-            d * (far - near) if needs[1] else None,
-            _over_chunks(d * own, hidden, both) if needs[2] else None,
-            _over_chunks(-d * others, hidden, both) if needs[3] else None,
-        )
+        own, other = together([left]).formed(), together([right]).formed()
+        yield mixed(own, left.own() @ right.own().mT).flatten(1), other.flatten(1)
 
 
 def inner(left: Matrix, right: Matrix) -> Tensor:
     return torch.stack([(u * v).sum(1) for u, v in pairs(left, right)]).sum(0)
 
 
+def sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
+    """`sum_l ||M_l||^2`, `[G]`."""
+    return _sum([(part,) for matrix in matrices for part in parts_of(matrix)]).clamp_min(0)
+
+
 def squared_distances(couples: Iterable[tuple[Matrix, Matrix]]) -> Tensor:
-    """`sum_l ||W_l - W'_l||^2`, `[G]`; of chunks that read the same heads those are told apart once."""
-    found: list[Tensor] = []
-    groups: dict[tuple[int, ...], list[tuple[Part, Part]]] = {}
-    for left, right in couples:
-        if left.head.shape != right.head.shape:
-            found.append(inner(left, left) + inner(right, right) - 2 * inner(left, right))
-            continue
-        for pair in zip(parts_of(left), parts_of(right)):
-            groups.setdefault((*pair[0].key, *pair[1].key), []).append(pair)
-    for alike in groups.values():
-        lefts, rights = zip(*alike)
-        own, others = torch.broadcast_tensors(together(lefts), together(rights))
-        distance = apart if transformed() else Apart.apply
-        found.append(distance(own, others, lefts[0].head, rights[0].head))  # type: ignore[arg-type]
+    """`sum_l ||W_l - W'_l||^2`, `[G]`, from differences, which nearly equal weights need:
+    `h P - h' P' = [h - h', h'] [P; P - P']`."""
+    alike = [(left, right) for left, right in couples if left.head.shape == right.head.shape]
+    found = [
+        inner(left, left) + inner(right, right) - 2 * inner(left, right)
+        for left, right in couples
+        if left.head.shape != right.head.shape
+    ]
+    if alike:
+        found.append(_sum([pair for left, right in alike for pair in zip(parts_of(left), parts_of(right))]))
     return torch.stack(found).sum(0).clamp_min(0)
+
+
+def _sum(terms: Sequence[tuple[Part, ...]]) -> Tensor:
+    """`sum ||h P||^2` of parts, or of couples `sum ||h P - h' P'||^2`, `[G]`. Of those that read the same numbers the
+    moments are taken at once, and products of a head, of what lies between the ends of its parts, are made once."""
+    groups: dict[tuple[Any, ...], dict[tuple[int, int], list[tuple[Part, ...]]]] = {}
+    for parts in terms:
+        same = groups.setdefault(tuple(part.key for part in parts), {})
+        same.setdefault((parts[0].begin, parts[0].end), []).append(parts)
+    found = []
+    for spans in groups.values():
+        heads = [part.head for part in next(iter(spans.values()))[0]]
+        ends = sorted({0, heads[0].shape[-1], *(end for span in spans for end in span)})
+        widths = [b - a for a, b in pairwise(ends)]
+        grams = [gram(*pieces) for pieces in zip(*[head.split(widths, -1) for head in heads])]
+        for (begin, end), alike in spans.items():
+            own = grams[ends.index(begin) : ends.index(end)]
+            squares = torch.stack(own).sum(0) if len(own) > 1 else own[0]
+            if squares.dim() == 3:  # one for each chunk
+                each = [side_by_side(*[together([part]) for part in parts]) for parts in alike]
+                found += [(mixed(hidden, squares) * hidden).sum((1, 2)) for hidden in each]
+            else:
+                layers = [together(parts) for parts in zip(*alike)]
+                found.append((moments(*layers) * squares).sum((1, 2)))
+    return torch.stack(found).sum(0)

@@ -21,13 +21,18 @@ _UNSEEING = _keys(
 
 
 def watched(*tensors: Tensor | None) -> bool:
-    """Whether torch would do more with the operator than run it: for a mode, a transform, a tracer, a subclass, another
-    device, a view that negates, or a profile. What keeps derivatives is not meant: `derivatives.py` knows of them."""
+    """Whether torch would do more with the operator than run it: as `wrapped`, or for a profile."""
+    return wrapped(*tensors) or torch.autograd.profiler._is_profiler_enabled
+
+
+def wrapped(*tensors: Tensor | None) -> bool:
+    """Whether there is more to the tensors than their numbers: a mode, a transform, a tracer, a subclass, another
+    device, or a view that negates. What keeps derivatives is not meant: `derivatives.py` knows of them."""
     keys = torch._C._dispatch_tls_local_include_set().raw_repr()
     for value in tensors:
         if value is not None:
             keys |= torch._C._dispatch_keys(value).raw_repr()
-    return bool(keys & ~_UNSEEING) or torch.autograd.profiler._is_profiler_enabled
+    return bool(keys & ~_UNSEEING)
 
 
 def alone(*tensors: Tensor | None) -> bool:

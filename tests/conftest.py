@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from math import inf
@@ -166,3 +167,16 @@ def measured(tmp_path_factory):
     with patch.object(torch, "compile", lambda f, **_: f), patch.object(command, "ceilings", lambda *_: CEILINGS):
         assert cli.main(given) == 0
     return path
+
+
+@contextmanager
+def running_with(threads: int, mib: int):
+    """With other settings of how work is divided than the machine's and the package's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    hk.set_workspace_mib(mib)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        hk.set_workspace_mib(64)

@@ -8,13 +8,12 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from math import inf, nan
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONTEXTS, gradients, make_problem
+from conftest import CONTEXTS, gradients, make_problem, running_with
 
 import hyperkernels as hk
 from hyperkernels.backends import native_cpu
@@ -130,18 +129,6 @@ def laid_out(value: torch.Tensor, how: str) -> torch.Tensor:
     if how == "last expanded":
         return value[..., :1].expand_as(value)
     return value
-
-
-@contextmanager
-def running_with(threads: int, mib: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    hk.set_workspace_mib(mib)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        hk.set_workspace_mib(64)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)

@@ -5,12 +5,6 @@ namespace {
 
 constexpr int64_t block_outputs = 512, block_rows = 128;
 
-std::vector<int64_t> steps(int64_t n, int64_t stride) {
-    std::vector<int64_t> offsets(n);
-    for (int64_t m = 0; m < n; ++m) offsets[m] = m * stride;
-    return offsets;
-}
-
 }  // namespace
 
 Dense::Dense(const float* weight, int64_t outputs, int64_t inputs, const InstructionSet& set)

@@ -187,6 +187,15 @@ void add(const void* sums_, int64_t n, void* totals_) {
 }
 
 template <class Sum>
+void combine(double a, const void* x_, double b, const void* y_, int64_t n, void* out_) {
+    auto x = static_cast<const Sum*>(x_), y = static_cast<const Sum*>(y_);
+    auto out = static_cast<Sum*>(out_);
+    auto of_x = static_cast<Sum>(a), of_y = static_cast<Sum>(b);
+#pragma GCC ivdep
+    for (int64_t l = 0; l < n; ++l) out[l] = of_x * x[l] + of_y * y[l];
+}
+
+template <class Sum>
 double spin(int64_t n) {
     using Sums = typename Plain<Sum>::Vector;
     constexpr int count = 2 * HK_TILE_ROWS < 24 ? 2 * HK_TILE_ROWS : 24;
@@ -245,6 +254,7 @@ Kernels table() {
     kernels.form = form<Kind>;
     kernels.add[0] = add<Sum>;
     kernels.add[1] = add<double>;
+    kernels.combine = combine<Sum>;
     kernels.spin = spin<Sum>;
     if constexpr (sizeof(Sum) == sizeof(double)) {
         constexpr int n = static_cast<int>(Storage::f64);

@@ -70,6 +70,8 @@ struct Kernels {
     // Of sums, and of sums in fp64: rounded once to a storage, and added to others.
     void (*store[2][3])(const void* sums, int64_t n, void* out);
     void (*add[2])(const void* sums, int64_t n, void* totals);
+    // out = a * x + b * y, of sums
+    void (*combine)(double a, const void* x, double b, const void* y, int64_t n, void* out);
     // n multiplications of vectors that never leave the registers: the ceiling of everything above.
     double (*spin)(int64_t n);
 };

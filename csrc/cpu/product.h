@@ -3,12 +3,20 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
 namespace hk {
 
 constexpr int64_t depth_block = 256;  // of a panel that stays in the nearest cache, in packed elements
+
+// The offsets of n numbers that lie evenly apart.
+inline std::vector<int64_t> steps(int64_t n, int64_t apart) {
+    std::vector<int64_t> offsets(n);
+    for (int64_t m = 0; m < n; ++m) offsets[m] = m * apart;
+    return offsets;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
