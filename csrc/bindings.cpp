@@ -7,6 +7,7 @@
 #include "cpu/dense.h"
 #include "cpu/few_rows.h"
 #include "cpu/moments.h"
+#include "cpu/pages.h"
 #include "cpu/step.h"
 
 namespace py = pybind11;
@@ -126,6 +127,9 @@ PYBIND11_MODULE(_cpu, module) {
     });
     module.def("peak_flops_per_s", &peak_flops_per_s, py::arg("isa") = "", py::arg("vectors") = int64_t(100'000'000),
                "the ceiling of one thread in fp32");
+    module.def("ask_for_large_pages", [](uintptr_t data, size_t bytes) {
+        ask_for_large_pages(reinterpret_cast<char*>(data), bytes);
+    }, py::arg("data"), py::arg("bytes"));
     py::class_<Dense>(module, "Dense", "a dense fp32 layer by the engine's own tiles, its weight packed once")
         .def(py::init([](uintptr_t weight, int64_t outputs, int64_t inputs) {
                  return Dense(reinterpret_cast<const float*>(weight), outputs, inputs, chosen(""));

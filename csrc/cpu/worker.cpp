@@ -1,27 +1,12 @@
 #include "worker.h"
 
 #include <omp.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <atomic>
 
+#include "pages.h"
+
 namespace hk {
-namespace {
-
-// A fresh result faults once for each small page that is first written: for one of 32 MiB an eighth of a forward's time.
-// Where the system has large pages for who asks, ask.
-void ask_for_large_pages(char* data, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr size_t page = size_t(2) << 20;
-    auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-    auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused, nothing changes
-#endif
-}
-
-}  // namespace
 
 Worker::Worker(const Step& step, const Arguments& arguments, const std::vector<Output>& outputs, char* workspace,
                int thread)

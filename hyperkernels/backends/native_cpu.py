@@ -119,6 +119,13 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     return results
 
 
+def in_large_pages(fresh: Tensor) -> Tensor:
+    """The same tensor, whose memory is yet to be written: by large pages, where the system has them for who asks."""
+    if fresh.device.type == "cpu" and not MISSING:
+        _cpu.ask_for_large_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
+
+
 def workspace(needed: int) -> Tensor:
     """Memory of `needed` bytes or more, this thread's."""
     memory = _kept.workspace

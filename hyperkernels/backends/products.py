@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from hyperkernels.backends.native_cpu import in_large_pages
 from hyperkernels.call import Window, convolves
 
 
@@ -25,12 +26,13 @@ def _mix(hidden: str, h: Tensor, images: str, v: Tensor, out: str) -> Tensor:
     """The labels of `images` that are hidden's make way for others, image by image, with the positions where they lie:
     an einsum would bring them to the front, and its result back."""
     own = [label for label in hidden if label in out and label != "g"]
-    mixed = [label for label in images if label in hidden and label != "g"]
-    h = h.permute([hidden.index(label) for label in ("g", *own, *mixed)])
-    n = 2 + len(mixed)
+    summed = [label for label in images if label in hidden and label != "g"]
+    h = h.permute([hidden.index(label) for label in ("g", *own, *summed)])
+    n = 2 + len(summed)
     extents = h.shape[1 : 1 + len(own)]
-    matrix = h.reshape(h.shape[0], 1, prod(extents), -1)
-    return (matrix @ v.flatten(2, n - 1).flatten(3)).reshape(*v.shape[:2], *extents, *v.shape[n:])
+    matrix, vectors = h.reshape(h.shape[0], 1, prod(extents), -1), v.flatten(2, n - 1).flatten(3)
+    mixed = in_large_pages(v.new_empty(*v.shape[:2], matrix.shape[2], vectors.shape[3]))
+    return torch.matmul(matrix, vectors, out=mixed).reshape(*v.shape[:2], *extents, *v.shape[n:])
 
 
 def _convolve(window: Window, factors: dict[str, Tensor], out: str) -> Tensor:
