@@ -19,10 +19,11 @@ import torch
 
 from hyperkernels.backends.mapped import Mapped
 from hyperkernels.bench.roofline import roofline
-from hyperkernels.call import ORDERS, OUTPUT, Call
+from hyperkernels.call import ORDERS, OUTPUT, Call, Window
 from hyperkernels.chunking import Grid
 from hyperkernels.kernels.roles import sizes_of
 from hyperkernels.kernels.tiles import CHIPS, Chip, tile_for
+from hyperkernels.kernels.windows import linear_call, linear_factors
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -55,6 +56,7 @@ TARGETS = {
     ),
 }
 LARGE, WIDE, FINE = Grid(4096, 4096, 16, 256), Grid(8192, 28672, 16, 1024), Grid(512, 512, 32, 32)
+IMAGES = Window((3, 3), (1, 1), (1, 1), (1, 1), (14, 14))
 
 
 class Shape(NamedTuple):
@@ -64,10 +66,11 @@ class Shape(NamedTuple):
     activation: str = ""
     mapped: bool = False
     width: int = 32
+    window: Window | None = None
 
     def call(self, dtype: torch.dtype) -> Call:
         G, T = self.contexts, self.tokens
-        return Call(self.grid, self.width, G, G, T, False, self.mapped, self.activation, dtype, "cuda")
+        return Call(self.grid, self.width, G, G, T, False, self.mapped, self.activation, dtype, "cuda", self.window)
 
 
 SHAPES = {
@@ -80,6 +83,9 @@ SHAPES = {
     "64 mapped contexts": Shape(LARGE, 64, 128, "tanh", mapped=True),
     "fine chunks": Shape(FINE, 1, 4096),
     "wide hidden layer": Shape(FINE, 1, 4096, width=64),
+    "convolution": Shape(Grid(256, 256, 4, 256), 1, 32, width=16, window=IMAGES),
+    "fine convolution": Shape(Grid(256, 256, 16, 16), 1, 32, width=64, window=IMAGES),
+    "32 images' contexts": Shape(Grid(256, 256, 4, 256), 32, 1, "relu", width=16, window=IMAGES),
     "odd": Shape(Grid(31, 29, 7, 5), 3, 5),
     "one of each": Shape(Grid(1, 1, 1, 1), 1, 1),
 }
@@ -105,7 +111,8 @@ def launch_of(call: Call, order: str, out: str, chip: Chip) -> Launch:
     names = ("x", "y", "hidden", "head", *(["chunks"] if call.activation else []))
     factors = {name: torch.empty(call.shape(name), dtype=call.dtype, device="meta") for name in names}
     ids = torch.empty(call.entries, dtype=torch.int64, device="meta")
-    return prepare(call, order, out, factors, Mapped.of(ids, call.contexts) if call.mapped else None, chip)
+    mapped = Mapped.of(ids, call.contexts) if call.mapped else None
+    return prepare(linear_call(call, out), order, out, linear_factors(call, out, factors), mapped, chip)
 
 
 class Machine(NamedTuple):
@@ -140,8 +147,10 @@ def amdgcn(listing: str) -> Machine:
 
 def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
     chip = target.chip
-    order = min(ORDERS, key=lambda order: tile_for(sizes_of(call, order, out), chip)[1])
-    sizes = sizes_of(call, order, out)
+    own = linear_call(call, out)
+    gathered = call.window is not None
+    order = min(ORDERS, key=lambda order: tile_for(sizes_of(own, order, out, gathered), chip)[1])
+    sizes = sizes_of(own, order, out, gathered)
     tile, predicted_us = tile_for(sizes, chip)
     launch = launch_of(call, order, out, chip)
     nvidia = target.gpu.backend == "cuda"

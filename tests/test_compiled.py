@@ -37,7 +37,7 @@ def test_what_the_planner_picks_compiles(chip, dtype, tmp_path):
     path = tmp_path / "table.json"
     run("compiled.py", "--chip", chip, "--dtype", dtype, "--output", str(path))
     table = json.loads(path.read_text())
-    assert len(table) == 44
+    assert len(table) == 56
     for row in table:
         assert row["spills"] == 0, row
         assert row["shared_bytes"] <= SHARED_BYTES[chip], row

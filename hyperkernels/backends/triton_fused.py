@@ -21,6 +21,7 @@ from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call, result_names
 from hyperkernels.kernels.roles import sizes_of
 from hyperkernels.kernels.tiles import LAUNCH_US, Chip, chip_of, context_planes, tile_for
+from hyperkernels.kernels.windows import from_rows, linear_call, linear_factors
 from hyperkernels.planner import Cost, Plan, Step
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,8 +51,6 @@ def supports(call: Call, order: str | None) -> tuple[bool, str]:
         return False, "it runs on NVIDIA devices of compute capability 8.0 and later"
     if call.dtype not in DTYPES:
         return False, f"it has no {call.dtype}"
-    if call.window:
-        return False, "it has no convolutions"
     if call.per_chunk_heads:
         return False, "its kernels share one head between the chunks"
     return True, "fused Triton kernels, not yet measured on a device, so only when asked for"
@@ -82,7 +81,9 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
                 found |= zip(step.outputs, torch_matmul.contract(call, alone, factors, context_ids))
             else:
                 for slot in step.outputs:
-                    found |= launch.prepare(call, step.order, slot, factors, mapped, _chip(call.device)).run()
+                    own, given = linear_call(call, slot), linear_factors(call, slot, factors)
+                    results = launch.prepare(own, step.order, slot, given, mapped, _chip(call.device)).run()
+                    found |= {name: from_rows(call, name, result) for name, result in results.items()}
     return [found[name] for name in names]
 
 
@@ -94,13 +95,18 @@ def estimate(call: Call, step: Step) -> Cost:
 
 
 def fused(call: Call, step: Step) -> Cost:
-    """The workspace is the planes that programs sum apart."""
+    """The workspace is the planes that programs sum apart. A convolution's x and y are copied, one to be gathered from,
+    the other by rows."""
+    chip = _chip(call.device)
+    copied = 2 * call.dtype.itemsize * sum(prod(call.shape(slot)) for slot in ("x", "y")) if call.window else 0
+    copies_us = 1e6 * copied / chip.cache_bytes_per_s + 3 * LAUNCH_US if copied else 0.0
     total_us, workspace = 0.0, 0
     for slot in step.outputs:
-        sizes = sizes_of(call, step.order, slot)
-        tile, time_us = tile_for(sizes, _chip(call.device))
-        total_us += time_us
-        result = prod(call.shape("chunks" if sizes.additive else slot))
+        own = linear_call(call, slot)
+        sizes = sizes_of(own, step.order, slot, call.window is not None)
+        tile, time_us = tile_for(sizes, chip)
+        total_us += time_us + copies_us
+        result = prod(own.shape("chunks" if sizes.additive else slot))
         sums = tile.splits * result if tile.splits > 1 else 0
         if sizes.additive:
             sums += context_planes(sizes, tile, tile.splits) * call.contexts * call.width

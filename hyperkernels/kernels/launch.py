@@ -19,6 +19,7 @@ from hyperkernels.kernels.operands import Batch, Factor, Features
 from hyperkernels.kernels.planes import sum_planes
 from hyperkernels.kernels.roles import Roles, roles_of, sizes_of
 from hyperkernels.kernels.tiles import Chip, Sizes, Tile, power_of_two, tile_for
+from hyperkernels.kernels.windows import Gathered
 from hyperkernels.planner import workspace_bytes
 
 ALIGNED = 16  # bytes: what triton asks of an address
@@ -64,7 +65,9 @@ class FeatureView(NamedTuple):
         chunks = ceil_div(limit, size)
         return cls(chunks, size, size, 1, limit) if outer == chunk else cls(size, chunks, 1, size, limit)
 
-    def __call__(self, tensor: Tensor) -> Features:
+    def __call__(self, tensor: Tensor | Gathered) -> Features:
+        if isinstance(tensor, Gathered):
+            return Features(tensor.tensor, tensor.tensor.stride(0), 0, 0, *self, tensor.rows, tensor.columns)
         if self.limit * tensor.stride(-1) >= 1 << 31:  # a row's features are counted in 32 bits
             tensor = tensor.contiguous()
         entry, token, feature = tensor.stride()
@@ -162,9 +165,9 @@ class Recipe(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def recipe(
-    call: Call, order: str, out: str, chip: Chip, tf32: bool, _workspace: int, tile: Tile | None = None
+    call: Call, order: str, out: str, gathered: bool, chip: Chip, tf32: bool, _workspace: int, tile: Tile | None = None
 ) -> Recipe:
-    roles, sizes = roles_of(call, order, out), sizes_of(call, order, out)
+    roles, sizes = roles_of(call, order, out), sizes_of(call, order, out, gathered)
     tile = tile or tile_for(sizes, chip)[0]
     blocks = ((sizes.S, tile.BS), (sizes.M, tile.BK), (sizes.O, tile.BO), (sizes.N, tile.BN))
     keywords: dict[str, Any] = {
@@ -200,26 +203,28 @@ def prepare(
     call: Call,
     order: str,
     out: str,
-    factors: dict[str, Tensor],
+    factors: dict[str, Any],
     mapped: Mapped | None,
     chip: Chip,
     tile: Tile | None = None,
 ) -> Launch:
-    """What computes the partial of phi by the slot `out`; the tile is planned, or tuned where that is asked for."""
+    """What computes the partial of phi by the slot `out`, of tensors, or of an x or y that is `Gathered`; the tile is
+    planned, or tuned where that is asked for."""
     tf32 = call.dtype == torch.float32 and tf32_allowed()
+    gathered = any(isinstance(factor, Gathered) for factor in factors.values())
     if tile is None and tuning.enabled():
         tile = tuning.tuned_tile(
-            sizes_of(call, order, out),
+            sizes_of(call, order, out, gathered),
             chip,
             "tf32" if tf32 else str(call.dtype),
             lambda tile: prepare(call, order, out, factors, mapped, chip, tile).run,
         )
     roles, sizes, tile, (tiles_s, tiles_k, tiles_o, tiles_n), keywords, view_u, view_f, view_w, view_v, kept = recipe(
-        call, order, out, chip, tf32, workspace_bytes(), tile
+        call, order, out, gathered, chip, tf32, workspace_bytes(), tile
     )
     batch, tiles_b = batch_of(call, mapped, tile.BT)
     name = "chunks" if sizes.additive else out
-    result = factors[roles.u].new_empty(call.shape(name))
+    result = factors[roles.f].new_empty(call.shape(name))
     sums, first, plane = None, result, 0
     if tile.splits > 1:
         sums = result.new_empty(tile.splits, *result.shape, dtype=torch.float32)
@@ -244,5 +249,6 @@ def prepare(
         arguments = (u, f, view_v(factors[roles.v]), w, target, contexts, batch, plane)
     # what else a kernel is called with follows from the call, or was allocated here, and so aligned
     given = (factors[name] for name in NAMES if name in factors)
-    key = KERNELS[sizes.kernel], result.device, *((v.data_ptr() % ALIGNED == 0, v.stride()) for v in given)
+    tensors = (factor.tensor if isinstance(factor, Gathered) else factor for factor in given)
+    key = KERNELS[sizes.kernel], result.device, *((v.data_ptr() % ALIGNED == 0, v.stride()) for v in tensors)
     return Launch(KERNELS[sizes.kernel], grid, arguments, keywords, kept, key, name, result, sums, contexts)

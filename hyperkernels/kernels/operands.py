@@ -34,7 +34,8 @@ class Batch(NamedTuple):
 
 
 class Features(NamedTuple):
-    """x or y `[entry, token, feature]`: feature `n_outer * outer + n_inner * inner`, if it is below `limit`."""
+    """x or y `[entry, token, feature]`: feature `n_outer * outer + n_inner * inner`, if it is below `limit`. With
+    `rows` and `columns`, tables by token and by feature, those say where in an entry it lies, not the strides."""
 
     pointer: Any
     stride_entry: int
@@ -45,6 +46,8 @@ class Features(NamedTuple):
     outer: int
     inner: int
     limit: int
+    rows: Any = None
+    columns: Any = None
 
 
 class Factor(NamedTuple):
@@ -120,11 +123,15 @@ def rows_of(batch, tile, g, BT: tl.constexpr):
 @triton.jit
 def feature_tile(tensor, entry, token, there, outer, inner):
     """Offsets `[token, outer, inner]`, and which of them there are: a chunk at the edge may be cropped."""
-    row = entry * tensor.stride_entry + token * tensor.stride_token
     feature = outer[:, None] * tensor.outer + inner[None, :] * tensor.inner
     inside = (outer[:, None] < tensor.size_outer) & (inner[None, :] < tensor.size_inner) & (feature < tensor.limit)
-    offset = row[:, None, None] + (feature * tensor.stride_feature)[None, :, :]
-    return offset, there[:, None, None] & inside[None, :, :]
+    if tensor.rows is None:
+        row, column = token * tensor.stride_token, feature * tensor.stride_feature
+    else:
+        row = tl.load(tensor.rows + token, mask=there, other=0)
+        column = tl.load(tensor.columns + feature, mask=inside, other=0)
+    row += entry * tensor.stride_entry
+    return row[:, None, None] + column[None, :, :], there[:, None, None] & inside[None, :, :]
 
 
 @triton.jit

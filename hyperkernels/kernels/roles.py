@@ -37,13 +37,16 @@ def roles_of(call: Call, order: str, out: str) -> Roles:
     return Roles(u, f, w, v, s, o, n, d)
 
 
-def sizes_of(call: Call, order: str, out: str) -> Sizes:
+def sizes_of(call: Call, order: str, out: str, gathered: bool = False) -> Sizes:
+    """`gathered`: x, or where its partial comes out y, is read through tables, number by number."""
     roles, sizes = roles_of(call, order, out), call.sizes
     kernel = ("generate" if order == "generate" else "contract") + ("_rows" if out == roles.v else "_sums")
     S, M, O, N, D = (sizes[label] for label in (roles.s, "k", roles.o, roles.n, roles.d))
     letters = {roles.s: "s", "k": "k", roles.o: "o", roles.n: "n", roles.d: "d"}
     side_by_side = {"x": "q", "y": "r", "hidden": "k", "head": "q"}
-    runs = "".join(letters[side_by_side[slot]] for slot in (roles.u, roles.f, roles.w, roles.v))
+    apart = ("y" if out == "x" else "x") if gathered else ""
+    slots = roles.u, roles.f, roles.w, roles.v
+    runs = "".join("-" if slot == apart else letters[side_by_side[slot]] for slot in slots)
     additive = out == "hidden" and bool(call.activation)
     by_context = out == "hidden" and not additive and call.contexts > 1
     room = workspace_bytes() // 4

@@ -47,6 +47,7 @@ ACCESS_BYTES = 16
 WIDE = 64  # rows of a tensor core's own tile
 LEADING = 8  # tiles that are worth timing, where tiles are timed
 LEAST, MOST_ROWS, MOST_COLUMNS = 16, 128, 256  # of a product on tensor cores
+GATHERED = 64  # depth of a product, at most, whose operand is gathered: an address for each number takes registers
 
 
 def chip_of(capability: tuple[int, int]) -> Chip:
@@ -57,9 +58,9 @@ def chip_of(capability: tuple[int, int]) -> Chip:
 class Sizes(NamedTuple):
     """One contraction in the letters of `chain`: the kernel that does it, the contexts that have rows, the rows of
     each, and the extents of s, k, o, n and d. `runs` has for each of u, f, w and v the letter whose numbers lie side by
-    side. `planes` and `context_planes`: how many partial results the workspace has room for, and how many of what an
-    additive hidden's contexts get. `by_context`: w comes out, one for each context; `additive`: it is an additive
-    hidden; `activated`: which of f and w is read as one."""
+    side, or a dash where tables tell. `planes` and `context_planes`: how many partial results the workspace has room
+    for, and how many of what an additive hidden's contexts get. `by_context`: w comes out, one for each context;
+    `additive`: it is an additive hidden; `activated`: which of f and w is read as one."""
 
     kernel: str
     contexts: int
@@ -134,9 +135,12 @@ def work_of(sizes: Sizes, t: Tile) -> Work:
     )
     u, f, w, v = t.BT * t.BS * t.BD, t.BO * t.BK * t.BD, t.BS * t.BK * t.BN, t.BT * t.BO * t.BN
     block = {"s": t.BS, "k": t.BK, "o": t.BO, "n": t.BN, "d": t.BD}
-    in_u, in_f, in_w, in_v = (
-        numbers // min(block[run], ACCESS_BYTES // sizes.itemsize) for numbers, run in zip((u, f, w, v), sizes.runs)
-    )
+
+    def accesses(numbers: int, run: str) -> int:
+        """Of what is gathered, the table's number and its own, from an address that no other shares."""
+        return 3 * numbers if run == "-" else numbers // min(block[run], ACCESS_BYTES // sizes.itemsize)
+
+    in_u, in_f, in_w, in_v = map(accesses, (u, f, w, v), sizes.runs)
     work = partial(Work, activated={"f": f, "w": w, "": 0}[sizes.activated])
     apart = sizes.contexts if sizes.by_context else 1
     together = sizes.contexts // apart
@@ -186,7 +190,7 @@ def _candidates(sizes: Sizes, chip: Chip) -> Iterator[Tile]:
         top = min(max(power_of_two(extent), LEAST), high)
         return [1 << p for p in range(low.bit_length() - 1, top.bit_length())]
 
-    widest = chip.depth(sizes.itemsize)
+    widest = min(chip.depth(sizes.itemsize), GATHERED if "-" in sizes.runs else MOST_COLUMNS)
     if sizes.kernel.startswith("contract"):
         BD = min(max(power_of_two(sizes.D), LEAST), widest)
         for BT in powers(sizes.rows):
