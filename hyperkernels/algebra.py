@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,10 @@ from hyperkernels.weight import AbsentWeight, shape_of
 
 def _matrices(a: AbsentWeight, b: AbsentWeight) -> tuple[Matrix, Matrix]:
     left = Matrix.of(a, "a")
-    return left, left if b is a else Matrix.of(b, "b")
+    right = left if b is a else Matrix.of(b, "b")
+    dtype = torch.promote_types(left.head.dtype, right.head.dtype)
+    left, right = (m._replace(head=m.head.to(dtype)) for m in (left, right))
+    return left, right
 
 
 def _check_chunks(left: Matrix, right: Matrix, name: str = "b") -> tuple[Matrix, Matrix]:
@@ -106,7 +110,8 @@ def inner(a: AbsentWeight, b: AbsentWeight) -> Tensor:
 def norm(a: AbsentWeight) -> Tensor:
     """`||W_g||`, the Frobenius norm: `[G]`, or a number. Its square, summed, is weight decay on what is generated.
 
-    Memory: `[G, m, m]`; hidden `[G, I*J, m]`, if it is not additive.
+    Memory: `[G, m, m]`, or as many for each thread where contexts are fewer. Hidden `[G, I*J, m]` is formed, unless it
+    is additive, on a CPU, and has no head_bias, no heads for each chunk and no scale that learns.
     """
     return _each(_root(matrices.sum_of_squares([Matrix.of(a, "a")])))
 
@@ -136,7 +141,8 @@ def squared_distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     Of equal widths the difference is `sum_k (h_k - h'_k) (x) p_k + h'_k (x) (p_k - p'_k)`, a generated weight as well:
     weights that nearly agree lose no digits to each other. Arguments and errors as for `inner`.
 
-    Memory: `[G, 2 m, 2 m]`, and twice the head; hidden `[G, I*J, 2 m]`, if it is not additive.
+    Memory: as `norm`, of `[G, 2 m, 2 m]` and hidden `[G, I*J, 2 m]`, which one context beside many has formed, too;
+    and twice the head.
     """
     return _each(matrices.squared_distances([_check_pair(*_matrices(a, b))]))
 
@@ -151,8 +157,8 @@ def distance(a: AbsentWeight, b: AbsentWeight) -> Tensor:
 def cosine(a: AbsentWeight, b: AbsentWeight) -> Tensor:
     """`<W_g, W'_g> / (||W_g|| ||W'_g||)`, context by context: `[G]`, or a number. As `inner`."""
     a, b = made(a), made(b)
-    norms = norm(a) * norm(b)
-    return inner(a, b) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    found = inner(a, b)
+    return found / (norm(a) * norm(b)).clamp_min(torch.finfo(found.dtype).tiny)
 
 
 @unrounded
@@ -226,7 +232,8 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
         earlier: `{name: GeneratedWeight}` of the hypernetwork as it was, for the same tasks; a copy of it, without
             gradients, gives them.
 
-    Memory: as `squared_distance`. No weight is formed, of either. Time goes with `G * I*J * m^2` and the head's numbers
+    Memory: as `squared_distance`, and in the layout "flat" a matrix `[2 m, 2 m]` for each border between weights. No
+    weight is formed, of either. Time goes with `G * I*J * m^2` and the head's numbers
     times m: chunks of 64x64 and larger, of which a weight has few, make it cheap.
 
     Raises:
@@ -246,6 +253,10 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
     if own.keys() != others.keys():
         raise ValueError(f"earlier: got {sorted(others)}, wanted {sorted(own)}")
     couples = [_check_pair(own[name], others[name], f"earlier[{name!r}]") for name in own]
+    for name, (left, right) in zip(own, couples):
+        if left.hidden.shape[0] != right.hidden.shape[0]:
+            got, wanted = right.hidden.shape[0], left.hidden.shape[0]
+            raise ValueError(f"earlier[{name!r}]: got {got} contexts, wanted {wanted}, those of the same tasks")
     return _mean(matrices.squared_distances(couples))
 
 
@@ -274,12 +285,13 @@ def clip_gradients_(parameters: Iterable[Tensor], weights: Mapping[str, AbsentWe
     """
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
         raise ValueError(f"limit: got {limit!r}, wanted a positive number")
-    if isinstance(parameters, (Tensor, nn.Module, Mapping)) or not isinstance(parameters, Iterable):
-        raise TypeError(
-            f"parameters: got {type(parameters).__name__}, wanted several, as module.parameters() gives them"
-        )
+    several = isinstance(parameters, Iterable) and not isinstance(parameters, (Tensor, nn.Module, Mapping))
+    given: list[Any] = list(parameters) if several else [parameters]
+    wrong = [type(p).__name__ for p in given if not (several and isinstance(p, Tensor))]
+    if wrong:
+        raise TypeError(f"parameters: got {wrong[0]}, wanted several tensors, as module.parameters() gives them")
     most = limit * total_norm(weights).mean()
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in given if p.grad is not None]
     found = torch.nn.utils.get_total_norm(gradients)
     if gradients:
         torch._foreach_mul_(gradients, (most / found.clamp_min(1e-12)).clamp_max(1.0).item())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -30,10 +30,10 @@ class Stretch(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A generated weight in fp32 at least, its head_bias among its factors: hidden `[G, I, J, m]`, formed or additive,
-    head `[m, rows, cols]` or `[I*J, m, rows, cols]`, the positions of a kernel among its columns; its scale; and a key
-    of what the head is made of. Of a stretch of a vector the chunks are a row, hidden `[G, 1, C, m]` and head `[m, 1,
-    size]`."""
+    """A generated weight, its head in fp32 at least, its head_bias among its factors: hidden `[G, I, J, m]`, formed or
+    additive, head `[m, rows, cols]` or `[I*J, m, rows, cols]`, the positions of a kernel among its columns; its scale;
+    and a key of what the head is made of. Of a stretch of a vector the chunks are a row, hidden `[G, 1, C, m]` and head
+    `[m, 1, size]`."""
 
     hidden: Tensor | AdditiveHidden
     head: Tensor
@@ -42,8 +42,8 @@ class Matrix(NamedTuple):
     key: tuple[int, ...]
 
     def formed(self) -> Tensor:
-        """Hidden `[G, I, J, m]`, times the scale."""
-        return scaled(formed(self.hidden), self.scale)
+        """Hidden `[G, I, J, m]`, times the scale, in the head's dtype."""
+        return scaled(formed(self.hidden.to(self.head.dtype)), self.scale)
 
     @classmethod
     def of(cls, weight: AbsentWeight, name: str = "weight") -> Matrix:
@@ -56,25 +56,30 @@ class Matrix(NamedTuple):
         if isinstance(weight, FlatWeight):
             start, end, size = weight.start, weight.start + weight.numel(), head.shape[-1]
             first = start // size
-            hidden = weight.hidden_of(first, ceil_div(end, size))[:, None].to(dtype)
+            hidden = weight.hidden
+            if isinstance(hidden, AdditiveHidden):
+                hidden = hidden.with_chunks(hidden.chunks[first : ceil_div(end, size)].transpose(0, 1))
+            else:
+                hidden = weight.hidden_of(first, ceil_div(end, size))[:, None]
             head, bias = head[:, None], None if bias is None else bias[None]
             cut, per_chunk, kernel = Stretch(start - first * size, end - first * size, size), False, []
         else:
-            hidden = weight.hidden.to(dtype)
+            hidden = weight.hidden
             N, K, *kernel = (*weight.shape, 1) if weight.dim() == 1 else weight.shape
             per_chunk = head.dim() == 4 + len(kernel)
             head = head.flatten(per_chunk + 2)
             cut = Grid(N, K * prod(kernel), *head.shape[-2:])
             hidden = hidden if len(hidden.shape) == 4 else hidden[None]  # type: ignore[index]
-        key = (id(weight.head), id(weight.settings["head_bias"]), *[id(weight)] * per_chunk)  # its chunks' own heads
         if bias is not None:
             bias = bias.flatten(bias.dim() - 1 - len(kernel))
             if bias.dim() == 3 and not per_chunk:
                 head = head.expand(len(bias), *head.shape)
             width = head.dim() - 3
             bias = bias.expand(*head.shape[:width], *bias.shape[-2:]).unsqueeze(width)
-            head, hidden = torch.cat([head, bias], width), formed(hidden)
+            head, hidden = torch.cat([head, bias], width), formed(hidden.to(dtype))
             hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
+        own = [id(weight)] * (head.dim() == 4)  # its chunks' own heads, or biases
+        key = (id(weight.head), id(weight.settings["head_bias"]), *own)
         scale = weight.scale.reshape(()).to(dtype) if isinstance(weight.scale, Tensor) else weight.scale
         return cls(hidden, head, scale, cut, key)
 
@@ -143,7 +148,7 @@ def formed(hidden: Tensor | AdditiveHidden) -> Tensor:
 
 def centred(matrix: Matrix) -> Matrix:
     """Less the mean over its contexts, which is that of hidden."""
-    hidden = formed(matrix.hidden)
+    hidden = formed(matrix.hidden.to(matrix.head.dtype))
     return matrix._replace(hidden=hidden - hidden.mean(0))
 
 
@@ -161,10 +166,12 @@ def together(parts: Sequence[Part]) -> Layer:
         given: Any = {"dtype": like.dtype, "device": like.device}
         scales = [torch.as_tensor(p.scale, **given).expand(p.hidden.shape[1], 1) for p in parts]
         scale = torch.cat(scales) if len(scales) > 1 else scales[0]
+    dtype = parts[0].head.dtype
     additive = all(isinstance(h, AdditiveHidden) for h in hiddens)
     if additive and all(h.context is first.context and h.activation == first.activation for h in hiddens):
-        return Layer(first.with_chunks(torch.cat([h.chunks for h in hiddens])) if len(hiddens) > 1 else first, scale)
-    found = [Layer(h, None).formed() for h in hiddens]
+        joined = first.with_chunks(torch.cat([h.chunks for h in hiddens])) if len(hiddens) > 1 else first
+        return Layer(joined.to(dtype), scale)
+    found = [Layer(h.to(dtype), None).formed() for h in hiddens]
     return Layer(torch.cat(found, 1) if len(found) > 1 else found[0], scale)
 
 
@@ -221,12 +228,12 @@ def _sum(terms: Sequence[tuple[Part, ...]]) -> Tensor:
     found = []
     for spans in groups.values():
         heads = [part.head for part in next(iter(spans.values()))[0]]
-        ends = sorted({0, heads[0].shape[-1], *(end for span in spans for end in span)})
+        ends = sorted({end for span in spans for end in span})
         widths = [b - a for a, b in pairwise(ends)]
-        grams = [gram(*pieces) for pieces in zip(*[head.split(widths, -1) for head in heads])]
+        pieces = zip(*[head[..., ends[0] : ends[-1]].split(widths, -1) for head in heads])
+        between = _Sums([gram(*own) for own in pieces])
         for (begin, end), alike in spans.items():
-            own = grams[ends.index(begin) : ends.index(end)]
-            squares = torch.stack(own).sum(0) if len(own) > 1 else own[0]
+            squares = between.of(ends.index(begin), ends.index(end))
             if squares.dim() == 3:  # one for each chunk
                 each = [side_by_side(*[together([part]) for part in parts]) for parts in alike]
                 found += [(mixed(hidden, squares) * hidden).sum((1, 2)) for hidden in each]
@@ -234,3 +241,19 @@ def _sum(terms: Sequence[tuple[Part, ...]]) -> Tensor:
                 layers = [together(parts) for parts in zip(*alike)]
                 found.append((moments(*layers) * squares).sum((1, 2)))
     return torch.stack(found).sum(0)
+
+
+class _Sums:
+    """Sums of neighbours; those that reach an end of the row are made in one walk from there."""
+
+    def __init__(self, terms: Sequence[Tensor]) -> None:
+        self.terms = terms
+        self.first = list(accumulate(terms))
+        self.last = list(accumulate(reversed(terms)))[::-1]
+
+    def of(self, begin: int, end: int) -> Tensor:
+        if begin == 0:
+            return self.first[end - 1]
+        if end == len(self.terms):
+            return self.last[begin]
+        return sum(self.terms[begin + 1 : end], self.terms[begin])

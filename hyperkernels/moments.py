@@ -122,13 +122,14 @@ class Moments(torch.autograd.Function):
     @staticmethod
     @unrounded
     def backward(ctx, d):
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        tensors: Any = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # this is to be differentiated again
+            tensors = [value if value is None else value.view_as(value) for value in tensors]  # one may be in both
             layers = [Layer(AdditiveHidden(c, h, ctx.activation), scale) for c, h, scale in _threes(tensors)]
             wanted = [tensor for tensor, needed in zip(tensors, needs) if needed]
             found = iter(torch.autograd.grad(gram(side_by_side(*layers).mT), wanted, d, create_graph=True))
             return None, *[next(found) if needed else None for needed in needs]
         run = native_moments.Run(_threes(tensors), ctx.activation)
-        wanted = [context or chunks for context, chunks, _ in _threes(needs)]
-        found = [pair or (None, None) for pair in run.pull_back(d + d.mT, wanted)]
-        return None, *[grad for pair in found for grad in (*pair, None)]
+        pairs = run.pull_back(d + d.mT, [context or chunks for context, chunks, _ in _threes(needs)])
+        return None, *[grad for pair in pairs for grad in (*(pair or (None, None)), None)]

@@ -240,6 +240,14 @@ def few():
         ),
         (lambda a, b: algebra.output_regularizer({}, {}), ValueError, "weights: got none"),
         (
+            lambda a, b: algebra.output_regularizer({"w": make((11, 13), "shared")}, {"w": a}),
+            ValueError,
+            r"earlier\['w'\]: got 3 contexts, wanted 1",
+        ),
+        (lambda a, b: algebra.cosine(a, None), TypeError, "b: got NoneType"),
+        (lambda a, b: algebra.cosine(a, few()), ValueError, "b: got 2 contexts"),
+        (lambda a, b: algebra.clip_gradients_([1], {"w": a}), TypeError, "parameters: got int"),
+        (
             lambda a, b: algebra.output_regularizer({"w": a}, {"w": few()}),
             ValueError,
             r"earlier\['w'\]: got 2 contexts",
@@ -330,3 +338,37 @@ def test_before_the_first_task_there_is_nothing_to_keep():
     value.backward()
     assert value == 0
     assert not any(p.grad is not None and p.grad.abs().sum() for p in net.parameters())
+
+
+def test_of_other_dtypes_and_a_distance_of_two_weights_of_one_net():
+    weights = hk.HyperNet({"a": (6, 5), "b": (6, 5)}, context_features=3)(torch.randn(2, 3))
+    a, b = weights["a"], weights["b"]
+    wide = hk.GeneratedWeight(a.hidden.to(torch.float64), a.head.double(), (6, 5), scale=a.scale.double())
+    for run in (algebra.inner, algebra.cosine, algebra.gram, algebra.distance):
+        torch.testing.assert_close(run(wide, b), run(b, wide).mT if run is algebra.gram else run(b, wide))
+    leaves = [a.hidden.context, a.head]
+    plain = torch.autograd.grad(algebra.squared_distance(a, b).sum(), leaves, retain_graph=True)
+    again = torch.autograd.grad(algebra.squared_distance(a, b).sum(), leaves, create_graph=True)
+    for got, want in zip(again, plain):
+        torch.testing.assert_close(got, want)
+
+
+def test_biases_for_each_chunk_that_two_grids_share():
+    head, bias = torch.randn(2, 3, 4).double(), torch.randn(6, 3, 4).double()
+    shapes = {"a": ((2, 3), (6, 11)), "b": ((3, 2), (8, 8))}
+    weights = {
+        name: hk.GeneratedWeight(torch.randn(*grid, 2).double(), head, shape, head_bias=bias)
+        for name, (grid, shape) in shapes.items()
+    }
+    wanted = sum(w.materialize().square().sum() for w in weights.values())
+    torch.testing.assert_close(algebra.weight_decay(weights), wanted)
+
+
+def test_many_weights_of_a_flat_vector_and_one_of_them():
+    shapes = {str(n): (n % 7 + 1, 5) for n in range(40)}
+    net = hk.HyperNet(shapes, context_features=3, layout="flat", chunk=64).double()
+    weights, earlier = net(torch.randn(2, 3).double()), net(torch.randn(2, 3).double())
+    moved = [(weights[n].materialize() - earlier[n].materialize()).square().sum((1, 2)) for n in shapes]
+    torch.testing.assert_close(algebra.output_regularizer(weights, earlier), sum(moved).mean())
+    alone = weights["17"]
+    torch.testing.assert_close(algebra.norm(alone), alone.materialize().square().sum((1, 2)).sqrt())

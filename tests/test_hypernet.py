@@ -278,6 +278,31 @@ def test_a_state_that_does_not_fit_is_refused_before_any_of_it_is_loaded():
     assert net.load_state_dict({"scales": other["scales"]}, strict=False).missing_keys
     net.load_state_dict(other)
     assert torch.equal(net.embedding, other["embedding"])
+    with pytest.raises(TypeError, match="state_dict: got int, wanted tensors by name"):
+        net.load_state_dict(3)
+    with pytest.raises(TypeError, match="state_dict: got embedding of int, wanted a tensor"):
+        net.load_state_dict(other | {"embedding": 3})
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: hk.HyperModel(net := nn.Sequential(nn.Linear(6, 8)), hk.HyperNet(net, context_features=4)),
+        lambda: hk.nn.HyperRNNCell(4, 6),
+        lambda: hk.nn.HyperLSTMCell(4, 6, generates="rows"),
+    ],
+    ids=["model", "rnn", "lstm"],
+)
+def test_what_has_a_hypernetwork_loads_all_of_a_state_or_nothing(build):
+    module = build()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    other = {name: value + 1 for name, value in before.items()}
+    last = list(other)[-1]
+    with pytest.raises(RuntimeError, match=f"state_dict: got no {last}"):
+        module.load_state_dict({name: value for name, value in other.items() if name != last})
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    module.load_state_dict(other)
+    assert all(torch.equal(value, other[name]) for name, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize("encoder", [hk.nn.Noise(4), hk.nn.Tasks(7, 4), hk.nn.Tasks(7, 3, beside=1)], ids=str)

@@ -15,6 +15,7 @@ from torch import Tensor
 from hyperkernels.backends import native_cpu
 from hyperkernels.hidden import ACTIVATIONS, AdditiveHidden
 
+THREAD_WORK = 18  # multiplications worth a thread, as a power of two
 VECTOR_BYTES = 64  # the widest vector: rows are filled up to whole ones with zeros, which every activation keeps
 
 Layers = Sequence[tuple[Tensor, Tensor, Tensor | None]]
@@ -38,13 +39,14 @@ class Run:
         self.width, self.parts = context.shape[-1], len(layers)
         self.padded = -(-self.width * context.itemsize // VECTOR_BYTES) * VECTOR_BYTES // context.itemsize
         self.read = [(self._filled(c), self._filled(h), s if s is None else s.contiguous()) for c, h, s in layers]
+        work = len(context) * len(chunks) * (self.parts * self.padded) ** 2
         self.engine = native_cpu._cpu.Moments(
             contexts=len(context),
             chunks=len(chunks),
             width=self.padded,
             activation=list(ACTIVATIONS).index(activation),
             storage=native_cpu.STORAGE[context.dtype],
-            threads=torch.get_num_threads(),
+            threads=min(torch.get_num_threads(), max(1, work >> THREAD_WORK)),
             isa=native_cpu.INSTRUCTIONS,
         )
 

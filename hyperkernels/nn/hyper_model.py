@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hyperkernels.nn.hypernet import HyperNet
+from hyperkernels.nn.loading import LoadsWhole
 from hyperkernels.weight import form
 
 
-class HyperModel(nn.Module):
+class HyperModel(LoadsWhole):
     """A model that runs with the weights that a hypernetwork generates, none of them formed.
 
     Args:

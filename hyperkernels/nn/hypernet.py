@@ -15,7 +15,7 @@ from hyperkernels.form import autocast_enabled
 from hyperkernels.hidden import AdditiveHidden
 from hyperkernels.nn.ambient import current_context, find_context
 from hyperkernels.nn.encoders import Descriptors
-from hyperkernels.nn.loading import check_state
+from hyperkernels.nn.loading import LoadsWhole
 from hyperkernels.nn.start import in_evaluation, moments, normal_contexts, start_heads_, start_scales
 from hyperkernels.nn.targets import (
     Chunk,
@@ -37,7 +37,7 @@ from hyperkernels.weight import AbsentWeight, GeneratedWeight
 Targets = Mapping[str, Sequence[int]] | nn.Module
 
 
-class HyperNet(nn.Module):
+class HyperNet(LoadsWhole):
     """One hypernetwork for many weights: `hidden = trunk(embedding, z)` for every chunk of all of them, and of target l
     `W_l[i*rows+r, j*cols+q, *s] = scale_l * (sum_k hidden[i,j,k] head[k,r,q,*s] (+ head_bias[r,q,*s]))`.
 
@@ -71,11 +71,12 @@ class HyperNet(nn.Module):
             context_features]` or None, that returns hidden `[C, m]`, `[G, C, m]` or `AdditiveHidden` `[G, C, 1, m]`. By
             default a `TrunkLayer`. Where it has `chunks_per_embedding`, neighbours in a row share one (`ColumnTrunk`).
         init, nonlinearity: at first the weights vary as Chang et al. would have them, by "fan_in" or "fan_out", for
-            "relu" or "linear", whatever the head that they share and whatever the trunk makes for each: `scale_l`,
-            measured at the start (`reset_parameters`) and kept as the buffer `scales`, sees to it (of a target alone on
-            its head the head has it). A head that chunks share starts small along what the chunks of a row or column
-            have in common: that would repeat all over a weight, and activations grow by it from layer to layer, right
-            as each variance is.
+            "relu" or "linear", on the mean over contexts, whatever the head that they share and whatever the trunk
+            makes for each: `scale_l`, measured at the start (`reset_parameters`) and kept as the buffer `scales`, sees
+            to it (of a target alone on its head the head has it). Where a trunk makes more of some contexts than of
+            others, as layers of relu do, theirs vary more, and in a deep target their activations grow by orders. A
+            head that chunks share starts small along what the chunks of a row or column have in common: that would
+            repeat all over a weight, and activations grow by it from layer to layer, right as each variance is.
         device, dtype: of the parameters.
 
     Call:
@@ -128,6 +129,8 @@ class HyperNet(nn.Module):
     ) -> None:
         super().__init__()
         features = width if embedding_features is None else embedding_features
+        if width is None:
+            raise TypeError("width: got None, wanted a positive integer")
         check_sizes(width=width, embedding_features=features, context_features=context_features)
         check_choices(strategy=strategy, component=component, layout=layout, heads=heads)
         check_choices(init=init, nonlinearity=nonlinearity)
@@ -269,11 +272,6 @@ class HyperNet(nn.Module):
             given |= {"head_bias": bias[0] if bias else None, "context_ids": ids}
             weights[name] = GeneratedWeight(part, head, target.shape, **given)
         return weights
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, but of a state that does not fit nothing is loaded."""
-        check_state(self, state_dict, strict)
-        return super().load_state_dict(state_dict, strict, assign)
 
     def _read(self, n: int, chunk: tuple[int, ...]) -> list[Tensor]:
         """Of head n, and its bias, as many numbers as the chunk has, in its shape."""

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from hyperkernels.chunking import check_sizes
 from hyperkernels.form import autocast_enabled
 from hyperkernels.nn.hypernet import HyperNet
+from hyperkernels.nn.loading import LoadsWhole
 
 State = tuple[Tensor, ...]
 
 
-class HyperCell(nn.Module):
+class HyperCell(LoadsWhole):
     """What the two have in common: a small cell that sees `[x, h]`, its z, and the gates' sums by generated weights."""
 
     GATES: int

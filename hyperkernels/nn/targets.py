@@ -135,7 +135,8 @@ def find_targets(
             raise TypeError(f"targets: got the name {name!r}, wanted a string")
         fits = isinstance(shape, Sequence) and 1 <= len(shape) <= 5
         if not fits or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-            raise ValueError(f"targets: got {shape!r} for {name!r}, wanted one to five positive integers")
+            got = f"a tensor {list(shape.shape)}" if isinstance(shape, Tensor) else repr(shape)
+            raise ValueError(f"targets: got {got} for {name!r}, wanted one to five positive integers")
     return {name: known.get(name, Found(tuple(shape))) for name, shape in found.items()}
 
 
