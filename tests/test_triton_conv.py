@@ -14,7 +14,7 @@ from hyperkernels.backends import _plan, triton_fused
 from hyperkernels.call import ORDERS, Call, Window
 from hyperkernels.chunking import Grid
 from hyperkernels.kernels.tiles import CHIPS
-from hyperkernels.kernels.windows import linear_call
+from hyperkernels.kernels.windows import Gathered, linear_call, linear_factors
 from hyperkernels.planner import Cost, plan_contraction
 from hyperkernels.testing import assert_no_worse_than_eager
 
@@ -25,6 +25,7 @@ MOVES = {
     "plain": {},
     "strided": {"stride": 2, "padding": 1},
     "padded beyond the kernel": {"padding": 3},
+    "strided beyond the kernel": {"stride": 5},
     "uneven": {"stride": (3, 2, 1), "padding": (0, 2, 1), "dilation": (1, 2, 1)},
 }
 
@@ -46,7 +47,7 @@ def problem(n, contexts="shared", groups=1, moves=None, size=(7, 4, 3), kernel=(
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    rows, cols, m, B, crop = 3, 2, 2, 2, int(groups == 1)
+    rows, cols, m, B, crop = 3, 2, 2, 3 if contexts == "ids" else 2, int(groups == 1)
     I, J, N, C = 2 * groups, 2, 6 * groups - crop, 4 - crop
     G = 1 if contexts in ("shared", "additive") else B
     additive = contexts == "additive"
@@ -56,7 +57,7 @@ def problem(n, contexts="shared", groups=1, moves=None, size=(7, 4, 3), kernel=(
         name: v[:n] if isinstance(v, tuple) else v for name, v in (moves or {}).items()
     }
     if contexts == "ids":
-        given["context_ids"] = torch.tensor([1, 1])
+        given["context_ids"] = torch.tensor([2, 0, 2])
 
     def call(x, *factors, **keywords):
         *parts, head = factors
@@ -104,6 +105,23 @@ def test_groups(contexts):
     check(*problem(1, contexts, groups=2, moves=MOVES["strided"]), torch.float32, "head_first")
 
 
+def test_where_features_lie_past_32_bits():
+    call = Call(Grid(2, 1 << 16, 2, 1 << 16), 1, 1, 1, 1, device="meta")
+    call = call._replace(window=Window((3,), (1,), (30000,), (30000,), (1,)))
+    x = torch.empty(call.shape("x"), device="meta")
+    found = linear_factors(call, "y", {"x": x})["x"]
+    assert isinstance(found, Gathered)
+    assert found.columns.dtype == torch.int64
+
+
+def test_an_empty_batch_and_another_default_device():
+    hidden, head = torch.randn(2, 2, 2), torch.randn(2, 3, 2, 3)
+    with torch.device("meta"):
+        y = hk.hyper_conv1d(torch.ones(2, 4, 5, device="cpu"), hidden, head, backend="triton")
+    assert y.device.type == "cpu"
+    assert hk.hyper_conv1d(torch.empty(0, 4, 5), hidden, head, backend="triton").shape == (0, 6, 3)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_transposed(order):
     x, hidden, head = torch.randn(2, 5, 3, 2), torch.randn(2, 2, 2), torch.randn(2, 3, 2, 2, 3)
@@ -124,7 +142,8 @@ def test_channels_last_is_kept():
 
 
 def test_what_the_kernels_are_asked_for():
-    """Each partial is that of a linear layer with as many multiplications as the convolution has."""
+    """For y a linear layer with the convolution's multiplications; for x with as many at each position of x, most of
+    them of zeros where the window strides."""
     call = Call(Grid(256, 250, 4, 64), 16, 1, 1, 32, window=Window((3, 3), (2, 2), (1, 1), (1, 1), (14, 14)))
     for out, rows, grid in (("y", 49, Grid(256, 2304, 4, 576)), ("x", 196, Grid(2304, 250, 36, 64))):
         own = linear_call(call, out)

@@ -21,12 +21,13 @@ from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call, result_names
 from hyperkernels.kernels.roles import sizes_of
 from hyperkernels.kernels.tiles import LAUNCH_US, Chip, chip_of, context_planes, tile_for
-from hyperkernels.kernels.windows import from_rows, linear_call, linear_factors
+from hyperkernels.kernels.windows import copied, from_rows, linear_call, linear_factors
 from hyperkernels.planner import Cost, Plan, Step
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)
 ASSUMED = (9, 0)  # where there is no device to ask
+COPYING = 20  # launches that copy a convolution's x and y, and make the tables
 FUSED, TWO_PRODUCTS = "one kernel", "two products"
 
 
@@ -74,6 +75,7 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     launch: Any = import_module("hyperkernels.kernels.launch")
     mapped = None if context_ids is None else Mapped.of(context_ids, call.contexts)
     found: dict[str, Tensor] = {}
+    read: dict[bool, dict[str, Any]] = {}  # what the kernels read for the partial by x, and for the others
     with torch.cuda.device_of(next(iter(factors.values()))):  # where triton launches
         for step in plan.steps:
             if step.cost.by == TWO_PRODUCTS:
@@ -81,7 +83,8 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
                 found |= zip(step.outputs, torch_matmul.contract(call, alone, factors, context_ids))
             else:
                 for slot in step.outputs:
-                    own, given = linear_call(call, slot), linear_factors(call, slot, factors)
+                    own, by_x = linear_call(call, slot), slot == "x"
+                    given = read[by_x] = read.get(by_x) or linear_factors(call, slot, factors)
                     results = launch.prepare(own, step.order, slot, given, mapped, _chip(call.device)).run()
                     found |= {name: from_rows(call, name, result) for name, result in results.items()}
     return [found[name] for name in names]
@@ -95,22 +98,21 @@ def estimate(call: Call, step: Step) -> Cost:
 
 
 def fused(call: Call, step: Step) -> Cost:
-    """The workspace is the planes that programs sum apart. A convolution's x and y are copied, one to be gathered from,
-    the other by rows."""
+    """The workspace is the planes that programs sum apart, and what a convolution's x and y are copied to."""
     chip = _chip(call.device)
-    copied = 2 * call.dtype.itemsize * sum(prod(call.shape(slot)) for slot in ("x", "y")) if call.window else 0
-    copies_us = 1e6 * copied / chip.cache_bytes_per_s + 3 * LAUNCH_US if copied else 0.0
     total_us, workspace = 0.0, 0
     for slot in step.outputs:
-        own = linear_call(call, slot)
+        own, copies = linear_call(call, slot), copied(call, slot) * call.dtype.itemsize
         sizes = sizes_of(own, step.order, slot, call.window is not None)
         tile, time_us = tile_for(sizes, chip)
-        total_us += time_us + copies_us
+        total_us += time_us
+        if copies:
+            total_us += 2e6 * copies / chip.cache_bytes_per_s + COPYING * LAUNCH_US
         result = prod(own.shape("chunks" if sizes.additive else slot))
         sums = tile.splits * result if tile.splits > 1 else 0
         if sizes.additive:
             sums += context_planes(sizes, tile, tile.splits) * call.contexts * call.width
-        workspace = max(workspace, 4 * sums)
+        workspace = max(workspace, 4 * sums + copies)
     return Cost(total_us, workspace, FUSED)
 
 

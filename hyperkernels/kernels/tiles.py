@@ -137,7 +137,8 @@ def work_of(sizes: Sizes, t: Tile) -> Work:
     block = {"s": t.BS, "k": t.BK, "o": t.BO, "n": t.BN, "d": t.BD}
 
     def accesses(numbers: int, run: str) -> int:
-        """Of what is gathered, the table's number and its own, from an address that no other shares."""
+        """Of what is gathered each number has an address of its own, in two registers, and a table's number: some three
+        times what an access takes. Its time is not modelled."""
         return 3 * numbers if run == "-" else numbers // min(block[run], ACCESS_BYTES // sizes.itemsize)
 
     in_u, in_f, in_w, in_v = map(accesses, (u, f, w, v), sizes.runs)
