@@ -233,8 +233,8 @@ def output_regularizer(weights: Mapping[str, AbsentWeight], earlier: Mapping[str
             gradients, gives them.
 
     Memory: as `squared_distance`, and in the layout "flat" a matrix `[2 m, 2 m]` for each border between weights. No
-    weight is formed, of either. Time goes with `G * I*J * m^2` and the head's numbers
-    times m: chunks of 64x64 and larger, of which a weight has few, make it cheap.
+    weight is formed, of either. Time goes with `G * I*J * m^2` and the head's numbers times m: chunks of 64x64 and
+    larger, of which a weight has few, make it cheap.
 
     Raises:
         TypeError, ValueError: the names differ, or as `inner`.

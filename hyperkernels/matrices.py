@@ -204,7 +204,7 @@ def sum_of_squares(matrices: Iterable[Matrix]) -> Tensor:
     return _sum([(part,) for matrix in matrices for part in parts_of(matrix)]).clamp_min(0)
 
 
-def squared_distances(couples: Iterable[tuple[Matrix, Matrix]]) -> Tensor:
+def squared_distances(couples: Sequence[tuple[Matrix, Matrix]]) -> Tensor:
     """`sum_l ||W_l - W'_l||^2`, `[G]`, from differences, which nearly equal weights need:
     `h P - h' P' = [h - h', h'] [P; P - P']`."""
     alike = [(left, right) for left, right in couples if left.head.shape == right.head.shape]
