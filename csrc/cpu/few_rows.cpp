@@ -1,7 +1,5 @@
 #include "few_rows.h"
 
-#include <omp.h>
-
 namespace hk {
 namespace {
 
@@ -79,12 +77,9 @@ void FewRows::run(const char* x, const char* hidden, const char* head, const cha
     };
 #pragma omp parallel num_threads(threads_)
     {
-        auto each = [&](auto work) {  // a team may be smaller than it was asked to be
-            for (int m = omp_get_thread_num(); m < threads_; m += omp_get_num_threads()) work(m);
-        };
-        each([&](int m) { form(share(n[K], m, threads_)); });
+        each_thread(threads_, [&](int m) { form(share(n[K], m, threads_)); });
 #pragma omp barrier
-        each([&](int m) { consume(share(n[I], m, threads_)); });
+        each_thread(threads_, [&](int m) { consume(share(n[I], m, threads_)); });
     }
 }
 

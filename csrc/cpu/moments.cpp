@@ -1,6 +1,5 @@
 #include "moments.h"
 
-#include <omp.h>
 #include <string.h>
 
 namespace hk {
@@ -47,10 +46,10 @@ void Moments::each(int64_t layers, int64_t items, Work work) const {
 #pragma omp parallel num_threads(threads_)
     {
         Room room(*this, layers);
-        for (int m = omp_get_thread_num(); m < threads_; m += omp_get_num_threads()) {  // a team may be smaller
+        each_thread(threads_, [&](int m) {
             Range mine = share(items, m, threads_);
             if (mine.size()) work(room, mine, m);
-        }
+        });
     }
 }
 

@@ -2,6 +2,8 @@
 // consume it with its partner. Every contraction of the engine, in every order, is such a step.
 #pragma once
 
+#include <omp.h>
+
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -30,6 +32,12 @@ struct Range {
     bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
 };
 using Ranges = std::array<Range, label_count>;
+// Within a team, the work of each of so many threads: a team may be smaller than it was asked to be, and its members then
+// do the work of several.
+template <class Work>
+inline void each_thread(int threads, Work work) {
+    for (int n = omp_get_thread_num(); n < threads; n += omp_get_num_threads()) work(n);
+}
 inline Range share(int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
 
 // Where a tensor's elements lie, in elements: `base + sum of (index - origin) * stride`; for x and y the rows go by

@@ -1,7 +1,5 @@
 #include "worker.h"
 
-#include <omp.h>
-
 #include <atomic>
 
 #include "pages.h"
@@ -133,18 +131,14 @@ void Step::run(const Arguments& arguments) const {
     for (int thread = 0; thread < threads_; ++thread) workers.emplace_back(*this, arguments, outputs, workspace, thread);
 #pragma omp parallel num_threads(threads_)
     {
-        // A team may be smaller than it was asked to be: each member then does the work of several.
-        auto each = [&](auto work) {
-            for (int n = omp_get_thread_num(); n < threads_; n += omp_get_num_threads()) work(n);
-        };
-        each([&](int n) {
+        each_thread(threads_, [&](int n) {
             workers[n].clear_outputs();
             if (rows.count) workers[n].prepare();
         });
 #pragma omp barrier
-        each([&](int n) { run_share(workers[n], n); });
+        each_thread(threads_, [&](int n) { run_share(workers[n], n); });
 #pragma omp barrier
-        each([&](int n) { workers[n].finish_outputs(); });
+        each_thread(threads_, [&](int n) { workers[n].finish_outputs(); });
     }
 }
 
