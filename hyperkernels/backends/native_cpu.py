@@ -43,7 +43,7 @@ TALL = 28  # rows of the product that forms it
 OPERAND = 1 << 18  # numbers of head or hidden that a block reads
 VECTORS_PER_US = 3500  # multiplications of a vector by one thread
 CALL_US, FEW_CALL_US = 15, 2  # of a step, and of FewRows
-KEPT_BYTES = 1 << 20  # of a thread's workspace: memory that a small call touches anew costs it as much as the rest
+KEPT_BYTES = 1 << 20  # for each thread: memory that a small call touches anew costs it as much as the rest
 
 
 def supports(call: Call, order: str | None) -> tuple[bool, str]:
@@ -131,7 +131,7 @@ def workspace(needed: int) -> Tensor:
     memory = _kept.workspace
     if needed > memory.nbytes:
         memory = torch.empty(needed, dtype=torch.uint8)
-        if needed <= KEPT_BYTES:
+        if needed <= KEPT_BYTES * torch.get_num_threads():
             _kept.workspace = memory
     return memory
 
