@@ -160,8 +160,8 @@ def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
     machine = read(kernel.asm)
     summed_spills = 0
     if launch.sums is not None:
-        grid, arguments, blocks = summing(launch.sums, launch.result)
-        summed_spills = read(sum_planes.warmup(*arguments, grid=grid, **blocks).asm).spills
+        grid, numbers, blocks = summing(launch.sums.shape)
+        summed_spills = read(sum_planes.warmup(launch.sums, launch.result, *numbers, grid=grid, **blocks).asm).spills
     flops_per_s = chip.fp32_flops_per_s if call.dtype == torch.float32 else chip.flops_per_s
     roof = roofline(call, order, (out,), flops_per_s, target.memory_bytes_per_s)
     return {

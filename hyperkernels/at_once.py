@@ -1,26 +1,25 @@
-"""A product of a few rows, asked for again: to check, plan and dispatch it takes far longer than to compute it.
+"""A product asked for again: to check, plan and dispatch a small one takes far longer than to compute it.
 
-A call like one that was checked before, which nobody watches and whose plan comes to `native_cpu.FewRows`, goes
-straight to that.
+A call like one that was checked before, that nobody watches, goes straight to its backend, which may have a shorter way
+for it (`Backend.again`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperkernels.backends import native_cpu, plan_call
-from hyperkernels.call import Call
+from hyperkernels.backends import BACKENDS, Again, native_cpu, plan_call
 from hyperkernels.form import checked, signature_of
 from hyperkernels.planner import workspace_bytes
 from hyperkernels.watched import alone
 
-MOST_ROWS = 64  # of more, what is done here is no longer seen
+MOST_ROWS = 64  # on a CPU: of more, what is done here is no longer seen
 
 
-def few_rows(
+def again(
     x: Any, hidden: Any, head: Any, out_features: int | None, bias: Any, order: str | None, backend: str | None
 ) -> Tensor | None:
     """y of `hyper_linear` without ids or a head bias; None where it is to be had in the usual way."""
@@ -30,8 +29,7 @@ def few_rows(
     for value in factors:
         if not isinstance(value, Tensor):
             return None
-    lead = x.shape[:-1]
-    if lead.numel() > MOST_ROWS or not x.is_cpu:
+    if x.is_cpu and x.shape[:-1].numel() > MOST_ROWS:
         return None
     settings = torch.get_num_threads(), workspace_bytes(), native_cpu.INSTRUCTIONS
     key = (signature_of(x, hidden, head, out_features, bias, None, None), order, backend, settings)
@@ -41,40 +39,11 @@ def few_rows(
             return None
         if len(_found) >= 4096:
             _found.clear()
-        _found[key] = _find(call, order, backend, settings)
+        name, plan = plan_call(call, ("y",), order, backend)
+        summed = call.entries * call.tokens * call.width
+        _found[key] = BACKENDS[name].again(call, plan) if summed else None
     found = _found[key]
-    if found is None or not alone(*factors):
-        return None
-    for value in factors:
-        if not value.is_contiguous():
-            return None
-    y = x.new_empty(*lead, found.features)
-    workspace = native_cpu.workspace(found.workspace_bytes)
-    found.native.run(
-        *[value.data_ptr() for value in (x, hidden, head)],
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        found.rows,
-        workspace.data_ptr(),
-    )
-    return y
+    return found(x, hidden, head, bias) if found is not None and alone(*factors) else None
 
 
-class Found(NamedTuple):
-    native: Any
-    rows: int
-    features: int
-    workspace_bytes: int
-
-
-_found: dict[Any, Found | None] = {}
-
-
-def _find(call: Call, order: str | None, backend: str | None, settings: tuple[int, int, str]) -> Found | None:
-    name, plan = plan_call(call, ("y",), order, backend)
-    if name != "cpu" or not call.entries * call.tokens * call.width:
-        return None
-    run = native_cpu.runs(call, plan.wanted, plan.steps, True, True, *settings)[1][0]
-    if not isinstance(run.native, native_cpu.FewRows):
-        return None
-    return Found(run.native, call.entries * call.tokens, call.grid.out_features, run.workspace_bytes)
+_found: dict[Any, Again | None] = {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperkernels.at_once import few_rows
+from hyperkernels.at_once import again
 from hyperkernels.backends import choose_backend, reference
 from hyperkernels.chunking import Grid
 from hyperkernels.derivatives import Settings, partials
@@ -71,7 +71,7 @@ def hyper_linear(
     Source: chunk-wise hypernetworks, Ha, Dai and Le 2016 (HyperNetworks), section 3.1.
     """
     if head_bias is None and context_ids is None:
-        y = few_rows(x, hidden, head, out_features, bias, order, backend)
+        y = again(x, hidden, head, out_features, bias, order, backend)
         if y is not None:
             return y
     form = canonical_form(x, hidden, head, out_features, bias, head_bias, context_ids)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import astuple
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from conftest import CONTEXTS, CUDA, gradients, make_problem
 
 import hyperkernels as hk
+from hyperkernels import at_once, functional
 from hyperkernels.backends import _plan, plan_call, torch_matmul, triton_fused
 from hyperkernels.call import ORDERS, SLOTS, Call
 from hyperkernels.chunking import Grid
@@ -90,6 +91,54 @@ def test_many_tiles_and_splits(order, contexts, small_tiles):
     check(make_problem(contexts, Grid(19, 23, 5, 11), 9, tokens=5), torch.float32, order)
 
 
+@pytest.mark.parametrize("contexts", ["shared", "per_entry", "additive_per_entry"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_tensors_that_lie_as_others_did_are_put_in_their_place(order, contexts, small_tiles, monkeypatch):
+    from hyperkernels.kernels import launch
+
+    filled, counts = launch.Pattern.filled, []
+    monkeypatch.setattr(launch, "recipe", lru_cache(launch.recipe))
+    monkeypatch.setattr(launch.Pattern, "filled", lambda *given: counts.append(1) or filled(*given))
+    for seed in range(2):
+        assert not counts
+        torch.manual_seed(seed)
+        check(make_problem(contexts, Grid(19, 23, 5, 11), 9, tokens=5), torch.float32, order)
+    assert len(counts) == len(SLOTS)
+
+
+@pytest.mark.parametrize("shape", [(31,), (4, 31), (2, 3, 31), (2, 3, 2, 31)], ids=str)
+@pytest.mark.parametrize("bias", ["no_bias", "bias"])
+def test_a_call_asked_for_again_goes_straight_to_the_kernel(shape, bias, monkeypatch):
+    hidden, head = torch.randn(4, 3, 5), torch.randn(5, 6, 11)
+    own = {"bias": torch.randn(23) if bias == "bias" else None, "out_features": 23}
+    monkeypatch.setattr(at_once, "_found", {})
+    canonical, counts = canonical_form, []
+    monkeypatch.setattr(functional, "canonical_form", lambda *given: counts.append(1) or canonical(*given))
+    for _ in range(3):
+        x = torch.randn(shape)
+        wanted = hk.hyper_linear(x, hidden, head, **own, backend="reference")
+        counts.clear()
+        found = hk.hyper_linear(x, hidden, head, **own, backend="triton")
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert not counts
+    apart = torch.randn(*shape, 2)[..., 0]
+    torch.testing.assert_close(
+        hk.hyper_linear(apart, hidden, head, **own, backend="triton"),
+        hk.hyper_linear(apart, hidden, head, **own, backend="reference"),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_a_call_of_a_context_per_entry_asked_for_again():
+    x, hidden, head, bias = torch.randn(3, 2, 31), torch.randn(3, 4, 3, 5), torch.randn(5, 6, 11), torch.randn(3, 24)
+    for _ in range(3):
+        found = hk.hyper_linear(x, hidden, head, bias=bias, backend="triton")
+        torch.testing.assert_close(
+            found, hk.hyper_linear(x, hidden, head, bias=bias, backend="reference"), atol=1e-4, rtol=1e-4
+        )
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("order", ["head_first", "generate"])
 def test_activations(order, activation):
@@ -149,6 +198,7 @@ def test_offsets_past_2_to_the_31():
             for tensors in ((x, hidden, head, dy), tuple(v.clone() for v in (x, hidden, head, dy))):
                 *leaves, cotangent = (v.detach().requires_grad_() for v in tensors)
                 y = hk.hyper_linear(*leaves, order=order, backend="triton")
+                assert torch.equal(hk.hyper_linear(*leaves, order=order, backend="triton"), y)
                 found.append((y, *torch.autograd.grad(y, leaves, cotangent.detach())))
             for got, wanted in zip(*found):
                 assert torch.equal(got, wanted)

@@ -1,15 +1,16 @@
 """The native CPU engine (`csrc/cpu`): a step's intermediate is formed and consumed block by block, in cache.
 
-What is decided here is how a step is cut, in closed form: the blocks of each label, and which label the threads divide.
-The engine packs, multiplies and stores. Threads are OpenMP's, of the library that torch has loaded, as many as
-`torch.get_num_threads()`; sums that threads hold apart are added in the threads' order, so the same bits come back.
+How a step is cut is decided in `native_cut`; the engine packs, multiplies and stores. Threads are OpenMP's, of the
+library that torch has loaded, as many as `torch.get_num_threads()`; sums that threads hold apart are added in the
+threads' order, so the same bits come back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
-from math import inf, prod
+from math import prod
 from pathlib import Path
 from threading import local
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hyperkernels.backends.mapped import Mapped
+from hyperkernels.backends.native_cut import LABELS, Split, blocks_of, split_of
 from hyperkernels.call import SLOTS, Call, result_names
 from hyperkernels.chunking import ceil_div
 from hyperkernels.hidden import ACTIVATIONS
@@ -36,11 +38,6 @@ else:
     INSTRUCTIONS = _cpu.instruction_sets()[0]
 
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-LABELS = "tijkrq"
-DEPTH, LANES = 256, 128  # of an intermediate's block as the next product reads it, where there is as much
-FORMED = DEPTH * LANES  # numbers of the intermediate
-TALL = 28  # rows of the product that forms it
-OPERAND = 1 << 18  # numbers of head or hidden that a block reads
 VECTORS_PER_US = 3500  # multiplications of a vector by one thread
 CALL_US, FEW_CALL_US = 15, 2  # of a step, and of FewRows
 KEPT_BYTES = 1 << 20  # for each thread: memory that a small call touches anew costs it as much as the rest
@@ -56,13 +53,6 @@ def supports(call: Call, order: str | None) -> tuple[bool, str]:
     if call.window:
         return False, "it has no convolutions"
     return True, f"fused native loops, {INSTRUCTIONS}"
-
-
-class Split(NamedTuple):
-    """The label that threads divide, and whether a context's rows stay with one thread."""
-
-    label: str
-    aligned: bool
 
 
 class Run(NamedTuple):
@@ -117,6 +107,30 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
             memory.data_ptr(),
         )
     return results
+
+
+def again(call: Call, plan: Plan) -> Callable[..., Tensor | None] | None:
+    """y of a product that comes to `FewRows`."""
+    run = runs(call, plan.wanted, plan.steps, True, True, *_settings())[1][0]
+    return FewRowsAgain(run, call) if isinstance(run.native, FewRows) else None
+
+
+class FewRowsAgain:
+    """y of contiguous tensors."""
+
+    def __init__(self, run: Run, call: Call) -> None:
+        self.run, self.workspace_bytes = run.native.run, run.workspace_bytes
+        self.rows, self.features = call.entries * call.tokens, call.grid.out_features
+
+    def __call__(self, x: Tensor, hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor | None:
+        for value in (x, hidden, head) if bias is None else (x, hidden, head, bias):
+            if not value.is_contiguous():
+                return None
+        y = x.new_empty(*x.shape[:-1], self.features)
+        read = [value.data_ptr() for value in (x, hidden, head)]
+        memory = workspace(self.workspace_bytes)
+        self.run(*read, 0 if bias is None else bias.data_ptr(), y.data_ptr(), self.rows, memory.data_ptr())
+        return y
 
 
 def in_large_pages(fresh: Tensor) -> Tensor:
@@ -217,10 +231,10 @@ def _native(
     work = rows * prod(sizes[label] for label in formed - {"t"})
     read = prod(sizes[n] for n in "ijk") + prod(sizes[n] for n in "krq")  # of few rows, what takes the time
     threads = min(threads, max(1, (4 * work + read) >> 14))
-    split = _split(call, forms, outputs, sizes, formed, balanced, threads, limit)
+    split = split_of(call, forms, outputs, sizes, formed, balanced, threads, limit)
     if split is None:
         threads, split = 1, Split("t", False)
-    block = _blocks(call, sizes, formed)
+    block = blocks_of(call, sizes, formed)
     block[split.label] = min(block[split.label], ceil_div(sizes[split.label], threads))
     again = ceil_div(rows, block["t"] * (threads if split.label == "t" else 1))  # times that a thread reads them
     while True:
@@ -246,73 +260,3 @@ def _native(
         if native.block_bytes() <= limit or block[longest] == 1:
             return native
         block[longest] = ceil_div(block[longest], 2)
-
-
-def _split(
-    call: Call,
-    forms: tuple[str, str],
-    outputs: tuple[str, ...],
-    sizes: dict[str, int],
-    formed: set[str],
-    balanced: bool,
-    threads: int,
-    limit: int,
-) -> Split | None:
-    """The label whose division costs least in numbers moved: what every thread packs again or forms again, and sums
-    that threads hold apart. None where the threads' sums would not fit half the workspace `limit`."""
-
-    def numbers(slot: str) -> int:
-        own = {"k"} if slot == "hidden" and call.activation else set(call.labels[slot]) - {"g"}
-        return prod(sizes[label] for label in own) * (call.contexts if slot == "hidden" else 1)
-
-    aligned = balanced and call.contexts >= 2 * threads
-    factors = [slot for slot in SLOTS if slot in forms or slot not in outputs]
-
-    def cost(label: str) -> float:
-        if sizes[label] < threads:
-            return inf
-        if label == "t":
-            apart = sum(numbers(s) for s in outputs if s == "head" or (s == "hidden" and not aligned))
-            again = 0 if "t" in formed or aligned else prod(sizes[n] for n in formed) * sizes["k"] // 16
-        else:
-            apart = sum(numbers(slot) for slot in outputs if label not in call.labels[slot])
-            again = sum(numbers(slot) for slot in factors if slot in ("x", "y") and label not in call.labels[slot])
-        if 4 * threads * apart * call.dtype.itemsize > limit:
-            return inf
-        return 2 * threads * apart + (threads - 1) * again
-
-    candidates = ["t", *(label for label in LABELS if label in formed - {"t"})]
-    best = min(candidates, key=cost)
-    return None if cost(best) == inf else Split(best, aligned and best == "t")
-
-
-def _blocks(call: Call, sizes: dict[str, int], formed: set[str]) -> dict[str, int]:
-    """How many of each label a block holds, so that what it forms and what it reads stay in a core's own cache."""
-    block = dict(sizes)
-    if "t" not in formed:  # a tile of the weight
-        for outer, inner in (("i", "r"), ("j", "q")):
-            block[inner] = min(sizes[inner], DEPTH)
-            block[outer] = min(sizes[outer], max(1, DEPTH // sizes[inner]))
-        block["t"] = min(sizes["t"], 2 * DEPTH)
-        while sizes["k"] * block["r"] * block["q"] > OPERAND and max(block["r"], block["q"]) > 1:
-            longest = max("r", "q", key=lambda label: block[label])
-            block[longest] = ceil_div(block[longest], 2)
-        return block
-    # lane stays in the intermediate while the pair's other chunk label is summed, and deep the other way round
-    lane, deep, summed, kept = ("r", "j", "q", "i") if "r" in formed else ("q", "i", "r", "j")
-    block[lane] = min(sizes[lane], LANES)
-    of_a_context = ceil_div(sizes["t"], max(1, min(call.contexts, sizes["t"])))
-    wanted = max(min(ceil_div(LANES, block[lane]), of_a_context), ceil_div(TALL, sizes[deep]))
-    block["t"] = min(sizes["t"], wanted)
-    depth = max(DEPTH, FORMED // (block["t"] * block[lane]))
-    block["k"] = min(sizes["k"], max(1, depth // sizes[deep]))
-    block[deep] = min(sizes[deep], max(1, depth // block["k"]))
-    if kept in formed:  # a head per chunk
-        block[kept] = 1
-    operand = OPERAND if sizes["t"] > block["t"] else OPERAND // 8  # read once, packed operands are best short-lived
-    while block["k"] * max(block[lane], block[deep]) > 1 and (
-        block["k"] * block[lane] * sizes[summed] > operand or block["k"] * block[deep] * sizes[kept] > operand
-    ):
-        longest = max("k", lane, deep, key=lambda label: block[label])
-        block[longest] = ceil_div(block[longest], 2)
-    return block

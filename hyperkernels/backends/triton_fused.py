@@ -7,6 +7,7 @@ The kernels are in `hyperkernels/kernels`; this room says what they can do, and 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -88,6 +89,27 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
                     results = launch.prepare(own, step.order, slot, given, mapped, _chip(call.device)).run()
                     found |= {name: from_rows(call, name, result) for name, result in results.items()}
     return [found[name] for name in names]
+
+
+def again(call: Call, plan: Plan) -> Callable[..., Tensor | None] | None:
+    """y by one kernel, of one context or one per entry."""
+    (step,) = plan.steps
+    if call.mapped or step.cost.by == TWO_PRODUCTS:
+        return None
+    prepare: Any = import_module("hyperkernels.kernels.launch").prepare
+    rows = call.entries, call.tokens, call.grid.in_features
+
+    def run(x: Tensor, hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor | None:
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():  # where triton launches
+            return None
+        as_rows = x.shape == rows
+        factors = {"x": x if as_rows else x.reshape(rows), "hidden": hidden, "head": head}
+        y = prepare(call, step.order, "y", factors, None, _chip(call.device)).run()["y"]
+        if bias is not None:
+            y += bias if bias.dim() == 1 else bias[:, None]
+        return y if as_rows else y.view(*x.shape[:-1], call.grid.out_features)
+
+    return run
 
 
 def estimate(call: Call, step: Step) -> Cost:

@@ -1,9 +1,10 @@
-"""From a contraction of tensors to a launch: who plays u, f, w and v, with which strides, tiles and splits."""
+"""From a contraction of tensors to a launch: who plays u, f, w and v, with which tiles and splits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +16,17 @@ from hyperkernels.chunking import ceil_div
 from hyperkernels.kernels import tuning
 from hyperkernels.kernels.chain import contract_rows, contract_sums
 from hyperkernels.kernels.generate import generate_rows, generate_sums
-from hyperkernels.kernels.operands import Batch, Factor, Features
+from hyperkernels.kernels.operands import Factor, Features
 from hyperkernels.kernels.planes import sum_planes
 from hyperkernels.kernels.roles import Roles, roles_of, sizes_of
-from hyperkernels.kernels.tiles import Chip, Sizes, Tile, power_of_two, tile_for
+from hyperkernels.kernels.tiles import Chip, Sizes, Tile, context_planes, power_of_two, tile_for
+from hyperkernels.kernels.views import FactorView, FeatureView, batch_of
 from hyperkernels.kernels.windows import Gathered
 from hyperkernels.planner import workspace_bytes
 
 ALIGNED = 16  # bytes: what triton asks of an address
 PLANES, NUMBERS = 64, 64  # of a tile of `sum_planes`, of the first at most
 Kept = dict[tuple, Callable[..., Any]]
-NAMES = ("y", "hidden", "chunks", "head", "x")
 KERNELS = {kernel.__name__: kernel for kernel in (contract_rows, contract_sums, generate_rows, generate_sums)}
 
 
@@ -34,64 +35,6 @@ def tf32_allowed() -> bool:
     if hasattr(matmul, "fp32_precision"):  # once it is set, the flag may not be read
         return matmul.fp32_precision == "tf32"
     return bool(matmul.allow_tf32)
-
-
-def batch_of(call: Call, mapped: Mapped | None, BT: int) -> tuple[Batch, int]:
-    """How the rows are addressed, and in how many tiles at most."""
-    if mapped is None:
-        rows = call.entries * call.tokens // call.contexts
-        return Batch(call.contexts, rows, call.tokens), call.contexts * ceil_div(rows, BT)
-    tiles = ceil_div(call.entries * call.tokens, BT) + min(call.contexts, call.entries)
-    ends = (-(-mapped.counts * call.tokens // BT)).cumsum(0)
-    first = torch.cat((ends.new_zeros(1), ends))
-    of_tile = torch.searchsorted(ends, torch.arange(tiles, device=ends.device), right=True)
-    return Batch(call.contexts, 0, call.tokens, mapped.starts * call.tokens, mapped.entries, of_tile, first), tiles
-
-
-class FeatureView(NamedTuple):
-    """How x or y is read: the extents of the outer and the inner label, how far apart in features theirs are, and where
-    a row ends."""
-
-    size_outer: int
-    size_inner: int
-    outer: int
-    inner: int
-    limit: int
-
-    @classmethod
-    def of(cls, call: Call, slot: str, outer: str) -> FeatureView:
-        grid = call.grid
-        chunk, size, limit = ("j", grid.cols, grid.in_features) if slot == "x" else ("i", grid.rows, grid.out_features)
-        chunks = ceil_div(limit, size)
-        return cls(chunks, size, size, 1, limit) if outer == chunk else cls(size, chunks, 1, size, limit)
-
-    def __call__(self, tensor: Tensor | Gathered) -> Features:
-        if isinstance(tensor, Gathered):
-            return Features(tensor.tensor, tensor.tensor.stride(0), 0, 0, *self, tensor.rows, tensor.columns)
-        if self.limit * tensor.stride(-1) >= 1 << 31:  # a row's features are counted in 32 bits
-            tensor = tensor.contiguous()
-        entry, token, feature = tensor.stride()
-        return Features(tensor, entry, token, feature, *self)
-
-
-class FactorView(NamedTuple):
-    """How hidden or head is read: which of its last dimensions are the outer label, the width and the inner one, and
-    their extents."""
-
-    dimensions: tuple[int, int, int]
-    extents: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, call: Call, slot: str, outer: str, inner: str) -> FactorView:
-        at = {label: n - 3 for n, label in enumerate("krq" if slot == "head" else "ijk")}
-        return cls((at[outer], at["k"], at[inner]), (call.sizes[outer], call.width, call.sizes[inner]))
-
-    def __call__(self, tensor: Tensor, context: Tensor | None = None) -> Factor:
-        stride = tensor.stride()
-        outer, k, inner = self.dimensions
-        lead = stride[0] if len(stride) == 4 else 0
-        context_strides = (0, 0) if context is None else context.stride()
-        return Factor(tensor, lead, stride[outer], stride[k], stride[inner], *self.extents, context, *context_strides)
 
 
 class Launch(NamedTuple):
@@ -124,13 +67,17 @@ class Launch(NamedTuple):
         return found
 
     def _sum(self, planes: Tensor, out: Tensor) -> None:
-        launch_kept(sum_planes, *summing(planes, out), self.kept, (sum_planes, out.device, planes.shape))
+        grid, sizes, blocks = summing(planes.shape)
+        key = "planes", out.device, planes.shape
+        launch_kept(sum_planes, grid, (planes, out, *sizes), blocks, self.kept, key)
 
 
-def summing(planes: Tensor, out: Tensor) -> tuple[tuple[int, int, int], tuple, dict[str, Any]]:
-    """Grid, arguments and keywords of `sum_planes`."""
-    blocks = {"BP": min(power_of_two(len(planes)), PLANES), "BN": NUMBERS}
-    return (ceil_div(out.numel(), NUMBERS), 1, 1), (planes, out, out.numel(), len(planes)), blocks
+@lru_cache(maxsize=4096)
+def summing(planes: torch.Size) -> tuple[tuple[int, int, int], tuple[int, int], dict[str, Any]]:
+    """Of `sum_planes` the grid, what follows the tensors, and the keywords."""
+    count, numbers = planes[0], prod(planes[1:])
+    blocks = {"BP": min(power_of_two(count), PLANES), "BN": NUMBERS}
+    return (ceil_div(numbers, NUMBERS), 1, 1), (numbers, count), blocks
 
 
 def launch_kept(
@@ -148,12 +95,41 @@ def launch_kept(
         kept[key] = lambda *arguments: compiled_for(*arguments, *constants)
 
 
+class Pattern(NamedTuple):
+    """A launch without its tensors, for others that lie in memory in the same way: of each argument its type, the names
+    of the tensors that it holds first, and what follows them."""
+
+    grid: tuple[int, int, int]
+    parts: tuple[tuple[Any, tuple[str, ...], Any], ...]
+
+    @classmethod
+    def of(cls, grid: tuple[int, int, int], arguments: tuple[Any, ...], names: tuple[tuple[str, ...], ...]) -> Pattern:
+        parts = []
+        for part, own in zip(arguments, names):
+            whole = isinstance(part, (Features, Factor))
+            parts.append((type(part) if whole else None, own, part[len(own) :] if whole else None if own else part))
+        return cls(grid, tuple(parts))
+
+    def filled(self, tensors: dict[str, Any]) -> tuple[Any, ...]:
+        found = []
+        for kind, names, rest in self.parts:
+            if kind is not None:
+                rest = tuple.__new__(kind, (*[tensors[name] for name in names], *rest))
+            elif names:
+                rest = tensors[names[0]]
+            found.append(rest)
+        return tuple(found)
+
+
 class Recipe(NamedTuple):
-    """What of a launch the tensors have no part in. `tiles` counts those of s, k, o and n; `kept` is `Launch`'s."""
+    """What of a launch the tensors have no part in. `shape` is the result's, `planes` that of the sums by contexts, if
+    there are some; `tiles` counts those of s, k, o and n; `kept` is `Launch`'s, `patterns` go by the same keys."""
 
     roles: Roles
     sizes: Sizes
     tile: Tile
+    shape: tuple[int, ...]
+    planes: tuple[int, ...] | None
     tiles: tuple[int, int, int, int]
     keywords: dict[str, Any]
     u: FeatureView
@@ -161,6 +137,7 @@ class Recipe(NamedTuple):
     w: FactorView
     v: FeatureView
     kept: Kept
+    patterns: dict[tuple, Pattern]
 
 
 @lru_cache(maxsize=4096)
@@ -185,16 +162,23 @@ def recipe(
         keywords["BY_CONTEXT"] = sizes.by_context
     elif order != "generate":
         keywords["ONE_S"] = sizes.S <= tile.BS
+    tiles: tuple[int, int, int, int] = tuple(ceil_div(size, block) for size, block in blocks)  # type: ignore[assignment]
+    planes = None
+    if sizes.additive:
+        planes = (context_planes(sizes, tile, tile.splits), call.contexts, call.width)
     return Recipe(
         roles,
         sizes,
         tile,
-        tuple(ceil_div(size, block) for size, block in blocks),  # type: ignore[arg-type]
+        call.shape("chunks" if sizes.additive else out),
+        planes,
+        tiles,
         keywords,
         FeatureView.of(call, roles.u, roles.s),
         FactorView.of(call, roles.f, roles.o, roles.d),
         FactorView.of(call, roles.w, roles.s, roles.n),
         FeatureView.of(call, roles.v, roles.o),
+        {},
         {},
     )
 
@@ -211,7 +195,11 @@ def prepare(
     """What computes the partial of phi by the slot `out`, of tensors, or of an x or y that is `Gathered`; the tile is
     planned, or tuned where that is asked for."""
     tf32 = call.dtype == torch.float32 and tf32_allowed()
-    gathered = any(isinstance(factor, Gathered) for factor in factors.values())
+    gathered, layouts = False, []  # what else a kernel is called with follows from the call, or is allocated here
+    for factor in factors.values():
+        if isinstance(factor, Gathered):
+            gathered, factor = True, factor.tensor
+        layouts.append((factor.data_ptr() % ALIGNED == 0, factor.stride()))
     if tile is None and tuning.enabled():
         tile = tuning.tuned_tile(
             sizes_of(call, order, out, gathered),
@@ -219,36 +207,59 @@ def prepare(
             "tf32" if tf32 else str(call.dtype),
             lambda tile: prepare(call, order, out, factors, mapped, chip, tile).run,
         )
-    roles, sizes, tile, (tiles_s, tiles_k, tiles_o, tiles_n), keywords, view_u, view_f, view_w, view_v, kept = recipe(
-        call, order, out, gathered, chip, tf32, workspace_bytes(), tile
-    )
-    batch, tiles_b = batch_of(call, mapped, tile.BT)
-    name = "chunks" if sizes.additive else out
-    result = factors[roles.f].new_empty(call.shape(name))
-    sums, first, plane = None, result, 0
-    if tile.splits > 1:
-        sums = result.new_empty(tile.splits, *result.shape, dtype=torch.float32)
-        first, plane = sums[0], sums.stride(0)
-
-    def read(view: FactorView, slot: str) -> Factor:
-        additive = slot == "hidden" and call.activation
-        return view(factors["chunks"], factors["hidden"]) if additive else view(factors[slot])
-
-    u, f = view_u(factors[roles.u]), read(view_f, roles.f)
-    contexts = None
-    if out == roles.v:
-        grid = (tiles_b * tile.splits, tiles_n, tiles_o)
-        arguments = (u, f, read(view_w, roles.w), view_v(first), batch, plane)
+    found = recipe(call, order, out, gathered, chip, tf32, workspace_bytes(), tile)
+    splits = found.tile.splits
+    result = factors[found.roles.f].new_empty(found.shape)
+    sums = result.new_empty((splits, *found.shape), dtype=torch.float32) if splits > 1 else None
+    contexts = None if found.planes is None else result.new_empty(found.planes, dtype=torch.float32)
+    key = result.device, tuple(factors), *layouts
+    pattern = found.patterns.get(key)
+    if pattern is None:
+        grid, arguments, names = laid_out(call, order, out, factors, mapped, found, result, sums, contexts)
+        held = [(part[0], factors[own[0]]) for part, own in zip(arguments, names) if own and own[0] in factors]
+        if mapped is None and all(tensor is factor for tensor, factor in held):  # no tables, and no copies
+            found.patterns[key] = Pattern.of(grid, arguments, names)
     else:
-        target = view_w(first)
-        if sizes.additive:
-            planes = tiles_s * tiles_n * (tile.splits if order == "generate" else 1)
-            contexts = result.new_empty(planes, call.contexts, call.width, dtype=torch.float32)
-        w = read(view_w, out) if sizes.additive else target
-        grid = ((call.contexts if sizes.by_context else 1) * tile.splits * tiles_s * tiles_k, tiles_n, 1)
-        arguments = (u, f, view_v(factors[roles.v]), w, target, contexts, batch, plane)
-    # what else a kernel is called with follows from the call, or was allocated here, and so aligned
-    given = (factors[name] for name in NAMES if name in factors)
-    tensors = (factor.tensor if isinstance(factor, Gathered) else factor for factor in given)
-    key = KERNELS[sizes.kernel], result.device, *((v.data_ptr() % ALIGNED == 0, v.stride()) for v in tensors)
-    return Launch(KERNELS[sizes.kernel], grid, arguments, keywords, kept, key, name, result, sums, contexts)
+        own = {**factors, "result": result if sums is None else sums, "contexts": contexts}
+        grid, arguments = pattern.grid, pattern.filled(own)
+    name = "chunks" if found.sizes.additive else out
+    return Launch(
+        KERNELS[found.sizes.kernel], grid, arguments, found.keywords, found.kept, key, name, result, sums, contexts
+    )
+
+
+def laid_out(
+    call: Call,
+    order: str,
+    out: str,
+    factors: dict[str, Any],
+    mapped: Mapped | None,
+    found: Recipe,
+    result: Tensor,
+    sums: Tensor | None,
+    contexts: Tensor | None,
+) -> tuple[tuple[int, int, int], tuple[Any, ...], tuple[tuple[str, ...], ...]]:
+    """The grid, the arguments, and of each argument the names of its tensors, the tables aside."""
+    roles, sizes, splits = found.roles, found.sizes, found.tile.splits
+    tiles_s, tiles_k, tiles_o, tiles_n = found.tiles
+    batch, tiles_b = batch_of(call, mapped, found.tile.BT)
+    first, plane = (result, 0) if sums is None else (sums[0], sums.stride(0))
+
+    def read(view: FactorView, slot: str) -> tuple[Factor, tuple[str, ...]]:
+        if slot == "hidden" and call.activation:
+            return view(factors["chunks"], factors["hidden"]), ("chunks", "hidden")
+        return view(factors[slot]), (slot,)
+
+    u, f = (found.u(factors[roles.u]), (roles.u,)), read(found.f, roles.f)
+    shared: list[tuple[Any, tuple[str, ...]]] = [(batch, ()), (plane, ())]
+    if out == roles.v:
+        grid = (tiles_b * splits, tiles_n, tiles_o)
+        parts = [u, f, read(found.w, roles.w), (found.v(first), ("result",)), *shared]
+    else:
+        target = found.w(first), ("result",)
+        w = read(found.w, out) if sizes.additive else target
+        grid = ((call.contexts if sizes.by_context else 1) * splits * tiles_s * tiles_k, tiles_n, 1)
+        v = found.v(factors[roles.v]), (roles.v,)
+        parts = [u, f, v, w, target, (contexts, ("contexts",)), *shared]
+    arguments, names = zip(*parts)
+    return grid, arguments, names

@@ -51,9 +51,11 @@ class Features(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """hidden or head `[context, outer, k, inner]`; an additive hidden's chunks, and its `context [context, k]`."""
+    """hidden or head `[context, outer, k, inner]`; an additive hidden's chunks, and its `context [context, k]`, else
+    None."""
 
     pointer: Any
+    context: Any
     stride_context: int
     stride_outer: int
     stride_k: int
@@ -61,9 +63,8 @@ class Factor(NamedTuple):
     size_outer: int
     width: int
     size_inner: int
-    context: Any = None
-    context_stride: int = 0
-    context_stride_k: int = 0
+    context_stride: int
+    context_stride_k: int
 
 
 @triton.jit
