@@ -42,13 +42,14 @@ format: $(VENV)/installed  ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+RATIOS := tests/speed/ratios.py
 bench: bench-conv bench-algebra bench-model  ## measure on this machine's CPU: cpu, conv, algebra, model .json in benchmarks/results
-	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not conv and not algebra and not model" \
+	$(BIN)/python -m pytest $(RATIOS) --benchmark-only -k "not conv and not algebra and not model" \
 	  --benchmark-json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json
 
 bench-%: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only -k $* --benchmark-json benchmarks/results/$*.json
+	$(BIN)/python -m pytest $(RATIOS) --benchmark-only -k $* --benchmark-json benchmarks/results/$*.json
 	-$(BIN)/python benchmarks/report.py benchmarks/results/$*.json
 
 scaling: $(VENV)/installed  ## time and memory from 1e5 to 1e10 generated weights: benchmarks/results/scaling.json

@@ -24,11 +24,10 @@ from typing import Any
 
 import report
 import torch
-from claims import claim
 
 import hyperkernels as hk
 from hyperkernels.backends import plan_call, triton_fused
-from hyperkernels.bench.case import Case, assert_right
+from hyperkernels.bench.case import Case, assert_right, claim
 from hyperkernels.bench.contexts import many_contexts
 from hyperkernels.bench.files import save
 from hyperkernels.bench.linear import linear

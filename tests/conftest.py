@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import hyperkernels as hk
 from hyperkernels.backends import triton_fused
+from hyperkernels.bench.measure import ceilings, machine
 from hyperkernels.chunking import Grid
 from hyperkernels.planner import Cost
 
@@ -180,3 +181,17 @@ def running_with(threads: int, mib: int):
     finally:
         torch.set_num_threads(before)
         hk.set_workspace_mib(64)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config, machine_info) -> None:
+    """What is saved about the machine beside the figures, and nothing that names it."""
+    torch.set_num_threads(2)
+    machine_info.clear()
+    machine_info.update(machine() | {"ceilings": ceilings()})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_commit_info(config, commit_info) -> None:
+    for key in ("project", "branch", "author_time"):
+        commit_info.pop(key, None)

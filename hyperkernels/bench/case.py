@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class Case:
     A contestant returns its results by name, or nothing where it is only timed. `exact` gives the same in fp64, perhaps
     of the first entries alone, and a result may be off by twice what that of `eager` is, plus the floor of its dtype.
     Where that would be too slow, or random, `proof` is another case of the same contestants that is judged instead.
-    `parts` are contestants that do a part of the work, timed to show where the time goes.
+    `parts` are contestants that do a part of the work, timed to show where the time goes. Of a contestant whose
+    arithmetic torch's counters do not see, `counted` is a call that they see do the same.
 
     What the repository claims: `faster` and `smaller`, by what factor ours should beat a baseline in time and in peak
     memory; `of_peak`, what share of the FMA peak it should reach; `check` raises if ours is wrong otherwise.
@@ -44,6 +45,7 @@ class Case:
     eager: str = "materialise"
     missing: dict[str, str] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    counted: Contestants = field(default_factory=dict)
     proof: Case | None = None
     call: Call | None = None
     outputs: tuple[str, ...] = ("y",)
@@ -52,6 +54,11 @@ class Case:
     faster: dict[str, float] = field(default_factory=dict)
     smaller: dict[str, float] = field(default_factory=dict)
     of_peak: float | None = None
+
+
+def claim(make: Callable[..., Case], *given: Any, faster: Any = None, smaller: Any = None, of_peak: Any = None, **more):
+    """The case, once it is asked for, with what is claimed of it."""
+    return lambda: replace(make(*given, **more), faster=faster or {}, smaller=smaller or {}, of_peak=of_peak)
 
 
 @dataclass

@@ -116,6 +116,10 @@ def linear(
         contestants,
         exact,
         missing=left_out,
+        counted={
+            **dict.fromkeys(("dense-tuned", "dense-onednn"), contestants["dense"]),
+            "fastkron": layer(backend="torch", order="head_first"),
+        },
         call=planned,
         outputs=("y", "hidden", "head", "x") if train else ("y",),
         values={"N": N, "K": K, "chunk": list(chunk), "m": m, "B": B, "weights": N * K},

@@ -15,8 +15,6 @@ from hyperkernels.bench.measure import Clock, Quantiles, peak_gflop_per_s
 from hyperkernels.bench.results import Deviation, Row, Times, Values
 from hyperkernels.testing import peak_bytes
 
-UNSEEN = ("dense-tuned", "dense-onednn")  # by torch's counters; they do the dense layer's work
-
 
 class Compulsory(TorchDispatchMode):
     """Bytes that a call cannot but move: each tensor that was there before and is read, once."""
@@ -100,7 +98,7 @@ def measure(
 
     def memory_and_roof(name: str, call: Callable[[], Any]) -> None:
         row["peak_mib"][name] = peak_bytes(call, device) / 2**20
-        flops, moved, least = roofline_s(case.contestants["dense"] if name in UNSEEN else call, ceilings)
+        flops, moved, least = roofline_s(case.counted.get(name, call), ceilings)
         if flops:
             row["of_roofline"][name] = 1e3 * least / row["times"][name]["p50_ms"]
             row["flops"][name], row["bytes"][name] = flops, moved

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 from cases import fitted, generated_weight, regularizer
 
-from hyperkernels.bench.case import Case
+from hyperkernels.bench.case import Case, claim
 from hyperkernels.bench.contexts import contexts
 from hyperkernels.bench.conv import convolution, resnet50_step
 from hyperkernels.bench.linear import linear
 from hyperkernels.bench.models import decode, only_linears, serving, step
 from hyperkernels.planner import default_chunk
-
-
-def claim(make: Callable[..., Case], *given: Any, faster: Any = None, smaller: Any = None, of_peak: Any = None, **more):
-    """The case, once it is asked for, with what is claimed of it."""
-    return lambda: replace(make(*given, **more), faster=faster or {}, smaller=smaller or {}, of_peak=of_peak)
-
 
 LARGE, SMALL = ((4096, 4096), (16, 256), 32), ((1024, 1024), (16, 64), 32)
 CPU_CASES: dict[str, Callable[[], Case]] = {
