@@ -30,7 +30,7 @@ sanitize: $(VENV)/installed  ## the native engine under AddressSanitizer and UBS
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest -q -n 2 tests/test_native_cpu.py tests/test_few_rows.py tests/test_moments.py -m "not slow" \
+	  $(BIN)/pytest -q -n 2 tests/test_native_cpu.py tests/test_at_once.py tests/test_moments.py -m "not slow" \
 	  -k "instruction_set or drawn or threads or activations or share or nothing or second_call"
 
 lint: $(VENV)/installed  ## ruff and pyright

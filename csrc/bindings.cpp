@@ -45,12 +45,12 @@ const InstructionSet& chosen(const std::string& isa) {
 }
 
 Step step(std::vector<int64_t> extent, std::vector<int64_t> block, int64_t out_features, int64_t in_features,
-          int64_t contexts, int64_t rows_per_context, bool per_chunk_heads, int activation, int storage,
+          int64_t contexts, int64_t rows_per_context, bool per_chunk_heads, bool head_bias, int activation, int storage,
           std::vector<int> forms, std::vector<int> outputs, int split, bool aligned, int threads,
           size_t prepare_bytes, const std::string& isa) {
     Shape shape{array<label_count>(extent, "extent"), array<label_count>(block, "block"), out_features, in_features,
                 contexts, rows_per_context, per_chunk_heads, static_cast<Activation>(activation),
-                static_cast<Storage>(storage)};
+                static_cast<Storage>(storage), head_bias};
     auto want = [](bool good, const char* what) {
         if (!good) throw py::value_error(what);
     };
@@ -62,18 +62,21 @@ Step step(std::vector<int64_t> extent, std::vector<int64_t> block, int64_t out_f
     want(forms.size() == 2 && forms[0] != forms[1] && !outputs.empty(), "forms, outputs: wanted two slots, and some");
     for (const auto& slots : {forms, outputs})
         for (int slot : slots) want(slot >= Y && slot <= X, "forms, outputs: wanted slots");
+    want(!head_bias || (outputs[0] == Y && shape.storage != Storage::bf16), "head_bias: of y, in fp32 or fp64");
     for (int slot : outputs) want(slot != forms[0] && slot != forms[1], "outputs: one is formed from");
     return Step(shape, array<2>(forms, "forms"), outputs, split, aligned, threads, prepare_bytes, chosen(isa));
 }
 
 void run(const Step& step, const std::vector<View>& factors, const View& chunks, const std::vector<uintptr_t>& outputs,
-         int64_t count, int64_t contexts, int64_t tokens, uintptr_t entries, uintptr_t starts, uintptr_t workspace) {
+         int64_t count, int64_t contexts, int64_t tokens, uintptr_t entries, uintptr_t starts, uintptr_t workspace,
+         uintptr_t head_bias) {
     Arguments arguments;
     for (int slot = 0; slot < FORMED; ++slot) arguments.factors[slot] = tensor(factors.at(slot));
     arguments.chunks = tensor(chunks);
     for (uintptr_t output : outputs) arguments.outputs.push_back(tensor({output, {}}));
     arguments.rows = rows_of(count, contexts, tokens, entries, starts);
     arguments.workspace = reinterpret_cast<char*>(workspace);
+    arguments.head_bias = reinterpret_cast<char*>(head_bias);
     py::gil_scoped_release unlocked;
     step.run(arguments);
 }
@@ -141,7 +144,7 @@ PYBIND11_MODULE(_cpu, module) {
     py::class_<Step>(module, "Step")
         .def(py::init(&step), py::kw_only(), py::arg("extent"), py::arg("block"), py::arg("out_features"),
              py::arg("in_features"), py::arg("contexts"), py::arg("rows_per_context"), py::arg("per_chunk_heads"),
-             py::arg("activation"), py::arg("storage"), py::arg("forms"), py::arg("outputs"), py::arg("split"),
+             py::arg("head_bias"), py::arg("activation"), py::arg("storage"), py::arg("forms"), py::arg("outputs"), py::arg("split"),
              py::arg("aligned"), py::arg("threads"), py::arg("prepare_bytes"), py::arg("isa"))
         .def("block_bytes", &Step::block_bytes)
         .def("workspace_bytes",

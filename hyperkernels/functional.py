@@ -70,8 +70,8 @@ def hyper_linear(
 
     Source: chunk-wise hypernetworks, Ha, Dai and Le 2016 (HyperNetworks), section 3.1.
     """
-    if head_bias is None and context_ids is None:
-        y = again(x, hidden, head, out_features, bias, order, backend)
+    if context_ids is None:
+        y = again(x, hidden, head, out_features, bias, head_bias, order, backend)
         if y is not None:
             return y
     form = canonical_form(x, hidden, head, out_features, bias, head_bias, context_ids)

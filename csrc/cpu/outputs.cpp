@@ -45,6 +45,39 @@ void Worker::pull_back(const Ranges& ranges, int64_t context) {
     }
 }
 
+// What the head's bias makes of a row, the same for every row of chunks: sum_{j,q} bias[r,q] x[j*cols+q].
+void Worker::make_starts() const {
+    int64_t bytes = kernels().sum_bytes, cols = shape().extent[Q], all = shape().extent[R];
+    char* summed = starts_ + thread_ * step_.row_of_chunk_bytes();
+    char* starts = starts_ + step_.threads_ * step_.row_of_chunk_bytes();
+    Range mine = share(arguments_.rows.count, thread_, step_.threads_);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+        const char* x = arguments_.factors[X].data + row * shape().in_features * bytes;
+        memset(summed, 0, cols * bytes);
+        for (int64_t feature = 0; feature < shape().in_features; feature += cols)
+            kernels().add[0](x + feature * bytes, std::min(cols, shape().in_features - feature), summed);
+        const int64_t apart[] = {1, 0};
+        for (int64_t r = 0; r < all; r += dot_rows)
+            kernels().dots[std::min(dot_rows, all - r) - 1][0](
+                cols, {arguments_.head_bias + r * cols * bytes, cols}, {summed, 0}, starts + (row * all + r) * bytes, apart);
+    }
+}
+
+template <class Sum>
+void Worker::start_sums() const {
+    const char* starts = starts_ + step_.threads_ * step_.row_of_chunk_bytes();
+    const Range &t = summed_[T], &i = summed_[I], &r = summed_[R];
+    bool turned = sums_.stride[I] == 1;
+    for (int64_t row = t.begin; row < t.end; ++row) {
+        const Sum* start = reinterpret_cast<const Sum*>(starts) + row * shape().extent[R] + r.begin;
+        Sum* sums = reinterpret_cast<Sum*>(sums_base_) + (row - t.begin) * i.size() * r.size();
+        if (turned)
+            for (int64_t n = 0; n < r.size(); ++n, sums += i.size()) std::fill_n(sums, i.size(), start[n]);
+        else
+            for (int64_t n = 0; n < i.size(); ++n, sums += r.size()) std::copy_n(start, r.size(), sums);
+    }
+}
+
 // The rows of y or dx that a block adds to are summed in the workspace, and stored when the blocks move on.
 void Worker::begin_sums(const Product& product, const Ranges& ranges) {
     Ranges own = ranges;
@@ -59,7 +92,11 @@ void Worker::begin_sums(const Product& product, const Ranges& ranges) {
     summing_ = &product;
     summed_ = own;
     sums_ = contiguous(labels, own, sums_base_, product.turned ? product.out == Y ? I : J : label_count);
-    memset(sums_base_, 0, bytes);
+    bool first = true;  // of the blocks that add to them
+    for (int l = 0; l < label_count; ++l) first = first && (l == T || has(labels, l) || !ranges[l].begin);
+    if (!shape().head_bias || !first) memset(sums_base_, 0, bytes);
+    else if (bytes_of(shape().storage) == 8) start_sums<double>();
+    else start_sums<float>();
 }
 
 void Worker::end_sums() {

@@ -76,11 +76,13 @@ struct Shape {
     bool per_chunk_heads = false;
     Activation activation = Activation::none;
     Storage storage = Storage::f32;
+    bool head_bias = false;  // of y: whether each chunk's weight has a bias on it, the same for all
 };
 
 struct Arguments {
     Tensor factors[4];  // by Slot; hidden is the context's part where chunks are given
     Tensor chunks;
+    const char* head_bias = nullptr;  // [R, Q], contiguous, as x then is
     std::vector<Tensor> outputs;  // contiguous, by the step's outputs; chunks follow an additive hidden
     Rows rows;
     char* workspace = nullptr;
@@ -151,6 +153,9 @@ class Step {
         return slot == HIDDEN && shape_.activation != Activation::none && shape_.contexts > 1;
     }
     std::vector<Output> outputs(const Rows& rows, size_t* end) const;
+    // What the head's bias makes of each row, and a thread's line to sum a row's chunks in: bytes.
+    size_t starts_bytes() const { return shape_.extent[R] * kernels_->sum_bytes; }
+    size_t row_of_chunk_bytes() const { return aligned_up(shape_.extent[Q] * kernels_->sum_bytes); }
 
     Shape shape_;
     Labels formed_ = 0;

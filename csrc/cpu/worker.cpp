@@ -7,8 +7,8 @@
 namespace hk {
 
 Worker::Worker(const Step& step, const Arguments& arguments, const std::vector<Output>& outputs, char* workspace,
-               int thread)
-    : step_(step), arguments_(arguments), outputs_(outputs), workspace_(workspace), thread_(thread),
+               char* starts, int thread)
+    : step_(step), arguments_(arguments), outputs_(outputs), workspace_(workspace), starts_(starts), thread_(thread),
       kept_(step.products_.size()), buffers_(step.products_.size()) {
     char* at = workspace + aligned_up(step.prepared_bytes_) + thread * step.thread_bytes_;
     auto take = [&](size_t bytes) { return std::exchange(at, at + bytes); };
@@ -128,12 +128,14 @@ void Step::run(const Arguments& arguments) const {
         }
     };
     std::vector<Worker> workers;
-    for (int thread = 0; thread < threads_; ++thread) workers.emplace_back(*this, arguments, outputs, workspace, thread);
+    for (int thread = 0; thread < threads_; ++thread)
+        workers.emplace_back(*this, arguments, outputs, workspace, workspace + end, thread);
 #pragma omp parallel num_threads(threads_)
     {
         each_thread(threads_, [&](int n) {
             workers[n].clear_outputs();
             if (rows.count) workers[n].prepare();
+            if (shape_.head_bias) workers[n].make_starts();
         });
 #pragma omp barrier
         each_thread(threads_, [&](int n) { run_share(workers[n], n); });

@@ -14,25 +14,27 @@ from hyperkernels.call import Call, check_order
 from hyperkernels.planner import Estimate, Plan, plan_contraction, workspace_bytes
 
 Contract = Callable[[Call, Plan, dict[str, Tensor], Tensor | None], Sequence[Tensor]]
-Again = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
+Again = Callable[[dict[str, Tensor], Tensor | None, Tensor | None], Tensor | None]
 
 
 class Backend(NamedTuple):
     """`supports(call, order)` answers `(ok, reason)`; `contract` runs a plan on canonical factors, and is None for
     the reference, which is written in differentiable torch and needs no engine; `estimate` tells the planner what a
-    step takes; with `shares` the outputs of a step consume one intermediate, else each forms its own. `again(call,
-    plan)` answers what gives y of `(x, hidden, head, bias)` as the user's tensors are, or None of tensors that lie in
-    memory as it does not take them; or None, where there is no way that is shorter than the usual."""
+    step takes; with `shares` the outputs of a step consume one intermediate, else each forms its own.
+
+    `again(call, plan, whether the head has a bias)` answers what gives y of `(factors, bias, head_bias)`, tensors as
+    the user gave them, or None where they lie as it does not take them; or None, where no way is shorter than the usual.
+    """
 
     supports: Callable[[Call, str | None], tuple[bool, str]]
     contract: Contract | None
     estimate: Estimate
     shares: bool = True
-    again: Callable[[Call, Plan], Again | None] = lambda _call, _plan: None
+    again: Callable[[Call, Plan, bool], Again | None] = lambda _call, _plan, _head_bias: None
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(native_cpu.supports, native_cpu.contract, native_cpu.estimate, again=native_cpu.again),
+    "cpu": Backend(native_cpu.supports, native_cpu.contract, native_cpu.estimate, again=native_cpu.Again.of),
     "triton": Backend(
         triton_fused.supports, triton_fused.contract, triton_fused.estimate, shares=False, again=triton_fused.again
     ),

@@ -7,7 +7,6 @@ threads' order, so the same bits come back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from math import prod
@@ -105,32 +104,63 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
             0 if entries is None else entries.data_ptr(),
             0 if starts is None else starts.data_ptr(),
             memory.data_ptr(),
+            0,
         )
     return results
 
 
-def again(call: Call, plan: Plan) -> Callable[..., Tensor | None] | None:
-    """y of a product that comes to `FewRows`."""
-    run = runs(call, plan.wanted, plan.steps, True, True, *_settings())[1][0]
-    return FewRowsAgain(run, call) if isinstance(run.native, FewRows) else None
-
-
-class FewRowsAgain:
-    """y of contiguous tensors."""
+class Again:
+    """y of contiguous tensors, in one run; sums begin at what the head's bias makes of a row."""
 
     def __init__(self, run: Run, call: Call) -> None:
-        self.run, self.workspace_bytes = run.native.run, run.workspace_bytes
-        self.rows, self.features = call.entries * call.tokens, call.grid.out_features
+        self.native, self.workspace_bytes = run.native, run.workspace_bytes
+        self.few, self.rows, self.features = isinstance(run.native, FewRows), _rows(call), call.grid.out_features
+        self.strides = {name: _contiguous(call.shape(name)) for name in ("x", "hidden", "chunks", "head")}
 
-    def __call__(self, x: Tensor, hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor | None:
-        for value in (x, hidden, head) if bias is None else (x, hidden, head, bias):
-            if not value.is_contiguous():
+    @classmethod
+    def of(cls, call: Call, plan: Plan, head_bias: bool) -> Again | None:
+        """None of rows that are mapped, and where the bias is none that the engine can add."""
+        if call.mapped or (head_bias and call.dtype == torch.bfloat16):
+            return None
+        run = runs(call, plan.wanted, plan.steps, True, True, *_settings())[1][0]
+        if head_bias:
+            ((order, forms, *_),), settings = plan.steps, _settings()
+            native = _native(call, order, forms, ("y",), True, *settings, True)
+            run = Run(native, (), native.workspace_bytes(*_rows(call)))
+        return cls(run, call) if run.workspace_bytes <= workspace_bytes() or not head_bias else None
+
+    def __call__(self, factors: dict[str, Tensor], bias: Tensor | None, head_bias: Tensor | None) -> Tensor | None:
+        for value in (*factors.values(), bias, head_bias):
+            if value is not None and not value.is_contiguous():
                 return None
+        x = factors["x"]
         y = x.new_empty(*x.shape[:-1], self.features)
-        read = [value.data_ptr() for value in (x, hidden, head)]
         memory = workspace(self.workspace_bytes)
-        self.run(*read, 0 if bias is None else bias.data_ptr(), y.data_ptr(), self.rows, memory.data_ptr())
+        if self.few:
+            read = [factors[name].data_ptr() for name in ("x", "hidden", "head")]
+            added = 0 if bias is None else bias.data_ptr()
+            self.native.run(*read, added, y.data_ptr(), self.rows[0], memory.data_ptr())
+            return y
+        views = {name: (value.data_ptr(), self.strides[name]) for name, value in factors.items()}
+        absent = (0, ())
+        self.native.run(
+            [views.get(slot, absent) for slot in SLOTS],
+            views.get("chunks", absent),
+            [y.data_ptr()],
+            *self.rows,
+            0,
+            0,
+            memory.data_ptr(),
+            0 if head_bias is None else head_bias.data_ptr(),
+        )
+        if bias is None:
+            return y
+        y.view(self.rows[1], -1, self.features).add_(bias if bias.dim() == 1 else bias[:, None])
         return y
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[n + 1 :]) for n in range(len(shape)))
 
 
 def in_large_pages(fresh: Tensor) -> Tensor:
@@ -223,6 +253,7 @@ def _native(
     threads: int,
     limit: int,
     isa: str,
+    head_bias: bool = False,
 ) -> Any:
     """The engine's step, cut."""
     rows = call.entries * call.tokens
@@ -246,6 +277,7 @@ def _native(
             contexts=max(call.contexts, 1),
             rows_per_context=ceil_div(max(rows, 1), max(call.contexts, 1)),
             per_chunk_heads=call.per_chunk_heads,
+            head_bias=head_bias,
             activation=list(ACTIVATIONS).index(call.activation) if call.activation else -1,
             storage=STORAGE[call.dtype],
             forms=[SLOTS.index(slot) for slot in forms],

@@ -91,19 +91,21 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     return [found[name] for name in names]
 
 
-def again(call: Call, plan: Plan) -> Callable[..., Tensor | None] | None:
+def again(call: Call, plan: Plan, head_bias: bool) -> Callable[..., Tensor | None] | None:
     """y by one kernel, of one context or one per entry."""
     (step,) = plan.steps
-    if call.mapped or step.cost.by == TWO_PRODUCTS:
+    if head_bias or call.mapped or step.cost.by == TWO_PRODUCTS:
         return None
     prepare: Any = import_module("hyperkernels.kernels.launch").prepare
     rows = call.entries, call.tokens, call.grid.in_features
 
-    def run(x: Tensor, hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor | None:
+    def run(factors: dict[str, Tensor], bias: Tensor | None, _head_bias: None) -> Tensor | None:
+        x = factors["x"]
         if x.is_cuda and x.get_device() != torch.cuda.current_device():  # where triton launches
             return None
         as_rows = x.shape == rows
-        factors = {"x": x if as_rows else x.reshape(rows), "hidden": hidden, "head": head}
+        if not as_rows:
+            factors["x"] = x.reshape(rows)
         y = prepare(call, step.order, "y", factors, None, _chip(call.device)).run()["y"]
         if bias is not None:
             y += bias if bias.dim() == 1 else bias[:, None]

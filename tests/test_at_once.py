@@ -1,13 +1,16 @@
-"""A product of a few rows, asked for again, goes straight to the native engine's loops for it, and is the same."""
+"""A product asked for again goes straight to the native engine, and is the same."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from conftest import make_problem
 
 import hyperkernels as hk
 from hyperkernels import at_once, form
 from hyperkernels.backends import native_cpu
+from hyperkernels.call import ORDERS
+from hyperkernels.chunking import Grid
 from hyperkernels.derivatives import Settings, partials
 from hyperkernels.form import canonical_form
 from hyperkernels.testing import assert_no_worse_than_eager
@@ -39,14 +42,14 @@ def straight(monkeypatch):
     """How many calls went straight to the engine."""
     count = []
     monkeypatch.setattr(at_once, "_found", {})
-    run = native_cpu.FewRowsAgain.__call__
+    run = native_cpu.Again.__call__
 
     def counted(*arguments):
         y = run(*arguments)
         count.extend([y] * (y is not None))
         return y
 
-    monkeypatch.setattr(native_cpu.FewRowsAgain, "__call__", counted)
+    monkeypatch.setattr(native_cpu.Again, "__call__", counted)
     return count
 
 
@@ -65,6 +68,33 @@ def test_the_second_call_is_the_first(isa, shape, dtype, straight, monkeypatch):
     assert len(straight) == 1
     without = call([*tensors[:3], None], N, order="head_first")
     assert torch.equal(without + tensors[3], call(tensors, N, order="head_first"))
+
+
+@pytest.mark.parametrize("contexts", ["shared", "per_entry", "additive", "additive_per_entry"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("isa", native_cpu._cpu.instruction_sets() if native_cpu._cpu else [])
+def test_the_second_call_begins_at_what_the_heads_bias_makes(isa, dtype, order, contexts, straight, monkeypatch):
+    """Whatever label the threads divide, over the edges of chunks and blocks."""
+    monkeypatch.setattr(native_cpu, "INSTRUCTIONS", isa)
+    before = torch.get_num_threads()
+    shapes = (Grid(38, 53, 5, 11), 7, 4), (Grid(48, 600, 16, 300), 40, 30), (Grid(600, 40, 300, 8), 3, 1)
+    for grid, width, tokens in shapes:
+        problem = make_problem(contexts, grid, width, tokens=tokens, head_bias=True)
+        given = problem.to(dtype)
+        with torch.no_grad():
+            exact = problem.call(*problem.to(torch.float64), backend="reference")
+            eager = problem.call(*given, backend="reference")
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                straight.clear()
+                try:
+                    found = [problem.call(*given, order=order, backend="cpu") for _ in range(2)]
+                finally:
+                    torch.set_num_threads(before)
+                assert straight
+                for y in found:
+                    assert_no_worse_than_eager("y", y, eager, exact)
 
 
 def test_threads_do_not_change_a_bit(straight):
