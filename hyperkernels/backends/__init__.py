@@ -23,7 +23,7 @@ class Backend(NamedTuple):
     step takes; with `shares` the outputs of a step consume one intermediate, else each forms its own.
 
     `again(call, plan, whether the head has a bias)` answers what gives y of `(factors, bias, head_bias)`, tensors as
-    the user gave them, or None where they lie as it does not take them; or None, where no way is shorter than the usual.
+    the user gave them, or None where they lie as it does not take them; or None, where there is no shorter way.
     """
 
     supports: Callable[[Call, str | None], tuple[bool, str]]
