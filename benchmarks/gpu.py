@@ -181,7 +181,8 @@ def sanitized() -> dict[str, Any]:
             found[check] = subprocess.run(command, cwd=ROOT, timeout=SANITIZER_S, env=apart, check=False).returncode
         except subprocess.TimeoutExpired:
             found[check] = 124
-        print(f"compute-sanitizer {check}: exit code {found[check]}", flush=True)
+        said = f"not finished in {SANITIZER_S} s" if found[check] == 124 else f"exit code {found[check]}"
+        print(f"compute-sanitizer {check}: {said}", flush=True)
     return found
 
 
@@ -227,7 +228,9 @@ def main() -> int:
     print(json.dumps(results["machine_info"]), flush=True)
 
     chosen = ["tests/test_hyper_linear.py", "-k", "hand_computed"] if arguments.quick else ["tests", "-k", ON_DEVICE]
-    command = [sys.executable, "-m", "pytest", "-q", *chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *chosen]
+    if find_spec("xdist"):  # most of the time is the compiler's
+        command += ["-n", "auto"]
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     try:
         run = subprocess.run(command, cwd=ROOT, timeout=TESTS_S, env=plain, check=False)

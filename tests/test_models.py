@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers as tf
 
 import hyperkernels as hk
+
+tf = pytest.importorskip("transformers", reason="needs transformers")
 
 tf.logging.set_verbosity_error()
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -57,3 +57,12 @@ def test_no_module_outgrows_its_page():
         source = path.read_text()
         assert len(source.splitlines()) <= 320, path
         assert ast.get_docstring(ast.parse(source)), path
+
+
+def test_the_tests_are_collected_where_neither_the_engine_nor_transformers_is():
+    """As on a machine with a GPU, whose own Python runs them from the source tree."""
+    script = "import sys, pytest; sys.modules |= {'hyperkernels._cpu': None, 'transformers': None}; " + (
+        "sys.exit(pytest.main(['--collect-only', '-q', 'tests', '-p', 'no:cacheprovider']))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:]

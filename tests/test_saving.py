@@ -7,12 +7,13 @@ import json
 
 import pytest
 import torch
-import transformers as tf
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hyperkernels as hk
-import hyperkernels.huggingface
+
+tf = pytest.importorskip("transformers", reason="needs transformers")
+safetensors = pytest.importorskip("safetensors.torch", reason="transformers saves by it")
+pytest.importorskip("hyperkernels.huggingface")
 
 tf.logging.set_verbosity_error()
 IDS = torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -91,7 +92,7 @@ def test_what_was_loaded_is_no_quantized_model_to_train(tmp_path):
 def test_a_head_shared_between_layers_is_saved_once_and_shared_again(tmp_path):
     model = gpt2(CONFIGS["one_head"])
     model.save_pretrained(tmp_path)
-    assert sum(name.endswith(".head") for name in load_file(tmp_path / "model.safetensors")) == 3
+    assert sum(name.endswith(".head") for name in safetensors.load_file(tmp_path / "model.safetensors")) == 3
     found = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     first, second = (block.attn.c_attn.head for block in found.transformer.h)
     assert first is second
@@ -136,9 +137,9 @@ def test_a_layer_that_stays_on_disk(name, tmp_path):
 
 def test_a_layer_that_should_be_on_disk_and_is_not(tmp_path):
     gpt2(CONFIGS["replaced"]).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
     del tensors["transformer.h.1.attn.c_attn.head"]
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    safetensors.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"the file has no transformer\.h\.1\.attn\.c_attn\.head"):
         tf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=ON_DISK, offload_folder=tmp_path / "there")
 
@@ -189,9 +190,9 @@ def damaged(tmp_path, change_config=None, change_file=None):
         path.write_text(json.dumps(config))
     if change_file:
         path = tmp_path / "model.safetensors"
-        tensors = load_file(path)
+        tensors = safetensors.load_file(path)
         change_file(tensors)
-        save_file(tensors, path, {"format": "pt"})
+        safetensors.save_file(tensors, path, {"format": "pt"})
     return tf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

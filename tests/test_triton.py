@@ -192,6 +192,12 @@ def test_offsets_past_2_to_the_31():
     dy = memory.as_strided((3, 15), (far, 1), 3072)
     for view in (rows, features, head, hidden, dy):
         view.normal_()
+    for context in (memory.as_strided((3, 3), (1, 1 << 30), 4000), head[:, 0, :3].clone()):
+        context.copy_(head[:, 0, :3])
+        layer = hk.AdditiveHidden(context, torch.ones(2, 2, 3).half(), "tanh")
+        found = hk.hyper_linear(rows[:, :12].contiguous(), layer, head.clone(), backend="triton")
+        wanted = hk.hyper_linear(rows[:, :12].contiguous(), layer, head.clone(), backend="reference")
+        torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-2)
     for x in (rows, features):
         for order in ORDERS:
             found = []

@@ -30,10 +30,10 @@ except ImportError as error:  # built without a compiler, or for another Python
     _note = Path(__file__).parents[1] / "cpu_missing.txt"
     MISSING = _note.read_text().strip() if _note.exists() else f"it is not there: {error}"
     INSTRUCTIONS = ""
-    FewRows: Any = ()
+    _cpu, FewRows = None, ()
 else:
     MISSING = ""
-    FewRows = _cpu.FewRows
+    FewRows: Any = _cpu.FewRows
     INSTRUCTIONS = _cpu.instruction_sets()[0]
 
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from hyperkernels.backends import torch_blocks, torch_matmul
 from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call, result_names
 from hyperkernels.kernels.roles import sizes_of
-from hyperkernels.kernels.tiles import LAUNCH_US, Chip, chip_of, context_planes, tile_for
+from hyperkernels.kernels.tiles import LAUNCH_US, Chip, TooMany, chip_of, context_planes, tile_for
 from hyperkernels.kernels.windows import copied, from_rows, linear_call, linear_factors
 from hyperkernels.planner import Cost, Plan, Step
 
@@ -128,7 +128,10 @@ def fused(call: Call, step: Step) -> Cost:
     for slot in step.outputs:
         own, copies = linear_call(call, slot), copied(call, slot) * call.dtype.itemsize
         sizes = sizes_of(own, step.order, slot, call.window is not None)
-        tile, time_us = tile_for(sizes, chip)
+        try:
+            tile, time_us = tile_for(sizes, chip)
+        except TooMany:
+            return Cost(inf, 0, FUSED)
         total_us += time_us
         if copies:
             total_us += 2e6 * copies / chip.cache_bytes_per_s + COPYING * LAUNCH_US

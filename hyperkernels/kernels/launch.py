@@ -25,6 +25,7 @@ from hyperkernels.kernels.windows import Gathered
 from hyperkernels.planner import workspace_bytes
 
 ALIGNED = 16  # bytes: what triton asks of an address
+MOST_KEPT = 256  # of a recipe: ways that tensors lay in memory
 PLANES, NUMBERS = 64, 64  # of a tile of `sum_planes`, of the first at most
 Kept = dict[tuple, Callable[..., Any]]
 KERNELS = {kernel.__name__: kernel for kernel in (contract_rows, contract_sums, generate_rows, generate_sums)}
@@ -90,6 +91,8 @@ def launch_kept(
         return again(*arguments)
     compiled = kernel[grid](*arguments, **keywords)
     if compiled is not None:  # the interpreter gives None
+        if len(kept) >= MOST_KEPT:
+            kept.clear()
         constants = tuple(keywords[name] for name in kernel.arg_names[len(arguments) :])
         compiled_for = compiled[grid]
         kept[key] = lambda *arguments: compiled_for(*arguments, *constants)
@@ -218,6 +221,8 @@ def prepare(
         grid, arguments, names = laid_out(call, order, out, factors, mapped, found, result, sums, contexts)
         held = [(part[0], factors[own[0]]) for part, own in zip(arguments, names) if own and own[0] in factors]
         if mapped is None and all(tensor is factor for tensor, factor in held):  # no tables, and no copies
+            if len(found.patterns) >= MOST_KEPT:
+                found.patterns.clear()
             found.patterns[key] = Pattern.of(grid, arguments, names)
     else:
         own = {**factors, "result": result if sums is None else sums, "contexts": contexts}

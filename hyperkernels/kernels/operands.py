@@ -162,7 +162,7 @@ def pre_activation(factor, g, outer, k, inner):
     """`chunks + context`, in fp32, of an additive hidden."""
     offset, mask = factor_tile(factor, outer, k, inner)
     chunks = tl.load(factor.pointer + offset, mask=mask, other=0).to(tl.float32)
-    at = factor.context + tl.cast(g, tl.int64) * factor.context_stride + k * factor.context_stride_k
+    at = factor.context + tl.cast(g, tl.int64) * factor.context_stride + k.to(tl.int64) * factor.context_stride_k
     context = tl.load(at, mask=k < factor.width, other=0).to(tl.float32)
     return chunks + context[None, :, None], mask
 

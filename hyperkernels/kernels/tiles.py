@@ -47,6 +47,7 @@ ACCESS_BYTES = 16
 WIDE = 64  # rows of a tensor core's own tile
 LEADING = 8  # tiles that are worth timing, where tiles are timed
 LEAST, MOST_ROWS, MOST_COLUMNS = 16, 128, 256  # of a product on tensor cores
+MOST_ALONG = 65535  # programs along a launch's second and third dimension
 GATHERED = 64  # depth of a product, at most, whose operand is gathered: an address for each number takes registers
 
 
@@ -92,6 +93,10 @@ class Tile:
     splits: int = 1
     warps: int = 8
     stages: int = 1
+
+
+class TooMany(ValueError):
+    """No tile is large enough for a launch to cover a result."""
 
 
 class Work(NamedTuple):
@@ -217,6 +222,7 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[tuple[Tile, Work]]:
             min(shapes) < LEAST
             or max(work.inner[0], work.outer[0]) > MOST_ROWS
             or work.outer[2] > chip.depth(sizes.itemsize)
+            or max(ceil_div(sizes.N, tile.BN), ceil_div(sizes.O, tile.BO)) > MOST_ALONG
         ):
             continue
         registers = work.registers(sizes.additive)
@@ -233,7 +239,10 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[tuple[Tile, Work]]:
 def tile_for(sizes: Sizes, chip: Chip) -> tuple[Tile, float]:
     """The tile that the model thinks fastest, with as many programs to a sum as it takes to give every multiprocessor
     one; and the time that it expects, in us. Sizes of one `bucket` share a tile."""
-    tile = splits_within(sizes, leading_tiles(sizes, chip)[0])
+    tiles = leading_tiles(sizes, chip)
+    if not tiles:
+        raise TooMany(f"backend: 'triton' cannot do this call: {sizes.N} and {sizes.O} are too many for one launch")
+    tile = splits_within(sizes, tiles[0])
     return tile, _time_us(work_of(sizes, tile), sizes.itemsize, tile.splits, chip)
 
 
@@ -274,7 +283,6 @@ def _leading(sizes: Sizes, chip: Chip) -> tuple[Tile, ...]:
             # what the contexts' sums take beyond the workspace comes before time
             over = max(context_planes(sizes, tile, splits) - sizes.context_planes, 0)
             found[replace(tile, splits=splits)] = (over, time_us)
-    assert found, sizes
     return tuple(nsmallest(LEADING, found, key=lambda tile: found[tile]))
 
 
