@@ -12,7 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +93,21 @@ SHAPES = {
 }
 
 
+def drawn(count: int) -> dict[str, Shape]:
+    """Shapes of any kind, as layers have them and as they do not."""
+    random = Random(0)
+
+    def draw() -> Shape:
+        N, K = random.choice((64, 100, 512, 1000, 3072, 11008, 50257)), random.choice((64, 100, 768, 1024, 4096))
+        grid = Grid(N, K, min(random.choice((1, 2, 4, 8, 16, 32, N)), N), min(random.choice((1, 4, 32, 128, K)), K))
+        contexts, tokens = random.choice(((1, 1), (1, 16), (1, 100), (1, 2048), (16, 1), (256, 1), (32, 64), (3, 5)))
+        many = contexts > 1
+        activation = random.choice(("", "relu", "tanh", "gelu")) if many else ""
+        return Shape(grid, contexts, tokens, activation, many and random.random() < 0.3, random.choice((1, 8, 32, 128)))
+
+    return {f"drawn {n}": draw() for n in range(count)}
+
+
 class Elsewhere:
     """Stands for the driver of a chip that is not there: all that compiling asks of it."""
 
@@ -105,6 +122,20 @@ class Elsewhere:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+    @property
+    def utils(self) -> Elsewhere:
+        return self
+
+    def get_device_properties(self, _device: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 30}
+
+    def load_binary(self, _name: str, kernel: bytes, _shared: int, _device: int) -> tuple[int, int, int, int, int]:
+        machine = sass(kernel)
+        return 1, 0, machine.registers, machine.stack_bytes // 4, 1024
+
+    def launcher_cls(self, _source: Any, _metadata: Any) -> None:
+        return None
 
 
 def launch_of(call: Call, order: str, out: str, chip: Chip) -> Launch:
@@ -124,6 +155,7 @@ class Machine(NamedTuple):
     instructions: list[str]
 
 
+@cache
 def sass(cubin: bytes) -> Machine:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -151,8 +183,8 @@ def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
     gathered = call.window is not None
     order = min(ORDERS, key=lambda order: tile_for(sizes_of(own, order, out, gathered), chip)[1])
     sizes = sizes_of(own, order, out, gathered)
-    tile, predicted_us = tile_for(sizes, chip)
     launch = launch_of(call, order, out, chip)
+    settled = launch.keywords  # whose tile is the model's first, or the first that does not spill
     nvidia = target.gpu.backend == "cuda"
     keywords = {name: value for name, value in launch.keywords.items() if nvidia or name != "maxnreg"}
     kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **keywords)
@@ -169,10 +201,10 @@ def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
         "output": OUTPUT[out],
         "order": order,
         "kernel": sizes.kernel,
-        "tile": [tile.BT, tile.BS, tile.BK, tile.BO, tile.BN, tile.BD],
-        "splits": tile.splits,
-        "warps": tile.warps,
-        "stages": tile.stages,
+        "tile": [settled.get(block, 1) for block in ("BT", "BS", "BK", "BO", "BN", "BD")],
+        "splits": settled["SPLITS"],
+        "warps": settled["num_warps"],
+        "stages": settled["num_stages"],
         "registers": machine.registers,
         "stack_bytes": machine.stack_bytes,
         "shared_bytes": kernel.metadata.shared,
@@ -183,7 +215,7 @@ def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
         "bytes_moved": roof.bytes_moved,
         "roofline_us": roof.time_us,
         "bound": roof.bound,
-        "predicted_us": predicted_us,
+        "predicted_us": tile_for(sizes, chip)[1],
     }
 
 
@@ -211,12 +243,14 @@ def main() -> int:
     )
     parser.add_argument("--chip", choices=TARGETS, default="sm_90", help="what to compile for")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--drawn", type=int, metavar="N", help="N shapes drawn at random, in place of the benchmark's")
     parser.add_argument("--output", type=Path, help="where to save the table, as JSON")
     arguments = parser.parse_args()
     target = TARGETS[arguments.chip]
     driver.set_active(Elsewhere(target.gpu))  # type: ignore[arg-type]
     rows, failed = [], 0
-    for name, shape in SHAPES.items():
+    shapes = SHAPES if arguments.drawn is None else drawn(arguments.drawn)
+    for name, shape in shapes.items():
         for out in OUTPUT:
             try:
                 rows.append(compiled(name, shape.call(getattr(torch, arguments.dtype)), out, target))

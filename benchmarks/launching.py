@@ -34,10 +34,6 @@ class Idle(Elsewhere):
     last: tuple = ()
     kernels: tuple[bytes, ...] = ()
 
-    @property
-    def utils(self) -> Idle:
-        return self
-
     def get_device_properties(self, _device: int) -> dict[str, int]:
         return {"max_shared_mem": TARGETS["sm_90"].chip.shared_bytes}
 

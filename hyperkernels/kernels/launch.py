@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call
@@ -16,15 +17,25 @@ from hyperkernels.chunking import ceil_div
 from hyperkernels.kernels import tuning
 from hyperkernels.kernels.chain import contract_rows, contract_sums
 from hyperkernels.kernels.generate import generate_rows, generate_sums
-from hyperkernels.kernels.operands import Factor, Features
+from hyperkernels.kernels.operands import INTERPRETED, Factor, Features
 from hyperkernels.kernels.planes import sum_planes
 from hyperkernels.kernels.roles import Roles, roles_of, sizes_of
-from hyperkernels.kernels.tiles import Chip, Sizes, Tile, context_planes, power_of_two, tile_for
+from hyperkernels.kernels.tiles import (
+    Chip,
+    Sizes,
+    Tile,
+    context_planes,
+    power_of_two,
+    tile_for,
+)
 from hyperkernels.kernels.views import FactorView, FeatureView, batch_of
 from hyperkernels.kernels.windows import Gathered
 from hyperkernels.planner import workspace_bytes
 
 ALIGNED = 16  # bytes: what triton asks of an address
+# of the chip's registers and depth, what tiles may fill that are tried one after the other
+LIGHTER = ((1, 1), (1, 0.5), (0.85, 1), (0.85, 0.5), (0.85, 0.25), (0.7, 0.25), (0.55, 0.25), (0.4, 0.25))
+INDEXED = {"sin": 8}  # numbers that an activation keeps in memory whatever the tile: of large arguments' reduction
 MOST_KEPT = 256  # of a recipe: ways that tensors lay in memory
 PLANES, NUMBERS = 64, 64  # of a tile of `sum_planes`, of the first at most
 Kept = dict[tuple, Callable[..., Any]]
@@ -53,6 +64,12 @@ class Launch(NamedTuple):
     result: Tensor
     sums: Tensor | None
     contexts: Tensor | None = None
+
+    def spilled(self) -> int:
+        """Numbers of a thread that the compiler keeps in memory, for want of registers."""
+        compiled = self.kernel.warmup(*self.arguments, grid=self.grid, **self.keywords)
+        compiled._init_handles()  # loads it: nobody else says
+        return compiled.n_spills
 
     def launch(self) -> None:
         launch_kept(self.kernel, self.grid, self.arguments, self.keywords, self.kept, self.key)
@@ -126,7 +143,8 @@ class Pattern(NamedTuple):
 
 class Recipe(NamedTuple):
     """What of a launch the tensors have no part in. `shape` is the result's, `planes` that of the sums by contexts, if
-    there are some; `tiles` counts those of s, k, o and n; `kept` is `Launch`'s, `patterns` go by the same keys."""
+    there are some; `tiles` counts those of s, k, o and n; `kept` is `Launch`'s, `patterns` go by the same keys.
+    `settled` holds the recipe that is launched in this one's place, once that is known."""
 
     roles: Roles
     sizes: Sizes
@@ -141,6 +159,7 @@ class Recipe(NamedTuple):
     v: FeatureView
     kept: Kept
     patterns: dict[tuple, Pattern]
+    settled: list[Recipe]
 
 
 @lru_cache(maxsize=4096)
@@ -183,7 +202,30 @@ def recipe(
         FeatureView.of(call, roles.v, roles.o),
         {},
         {},
+        [],
     )
+
+
+def settle(found: Recipe, chip: Chip, of_tile: Callable[[Tile], tuple[Recipe, Launch]]) -> Recipe:
+    """Of the model's tiles for the chip, and for chips of fewer registers and less depth, the first whose numbers the
+    compiler keeps in registers, as its versions differ in that; else the one that spills least. Tiles that should take
+    twice as long are not looked at, nor is what the interpreter runs or a CUDA graph captures."""
+    if INTERPRETED.value or tuning.capturing() or driver.active.get_current_target().backend != "cuda":  # type: ignore[union-attr]
+        return found
+    spills: dict[int, Recipe] = {}
+    most_us = 2 * tile_for(found.sizes, chip)[1]
+    for share, depth in LIGHTER:
+        lighter = chip._replace(registers=int(share * chip.registers), depth_bytes=int(depth * chip.depth_bytes))
+        tile, time_us = tile_for(found.sizes, lighter)
+        if time_us > most_us:
+            continue
+        candidate, launch = of_tile(tile)
+        spilled = launch.spilled() - INDEXED.get(found.keywords["ACTIVATION"], 0)
+        spills.setdefault(spilled, candidate)
+        if spilled <= 0:
+            break
+    found.settled.append(spills[min(spills)])
+    return found.settled[0]
 
 
 def prepare(
@@ -196,7 +238,7 @@ def prepare(
     tile: Tile | None = None,
 ) -> Launch:
     """What computes the partial of phi by the slot `out`, of tensors, or of an x or y that is `Gathered`; the tile is
-    planned, or tuned where that is asked for."""
+    planned and settled, or tuned where that is asked for."""
     tf32 = call.dtype == torch.float32 and tf32_allowed()
     gathered, layouts = False, []  # what else a kernel is called with follows from the call, or is allocated here
     for factor in factors.values():
@@ -211,6 +253,13 @@ def prepare(
             lambda tile: prepare(call, order, out, factors, mapped, chip, tile).run,
         )
     found = recipe(call, order, out, gathered, chip, tf32, workspace_bytes(), tile)
+    if tile is None:
+
+        def of_tile(tile: Tile) -> tuple[Recipe, Launch]:
+            launch = prepare(call, order, out, factors, mapped, chip, tile)
+            return recipe(call, order, out, gathered, chip, tf32, workspace_bytes(), tile), launch
+
+        found = found.settled[0] if found.settled else settle(found, chip, of_tile)
     splits = found.tile.splits
     result = factors[found.roles.f].new_empty(found.shape)
     sums = result.new_empty((splits, *found.shape), dtype=torch.float32) if splits > 1 else None
