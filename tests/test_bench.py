@@ -306,6 +306,17 @@ def test_a_base_that_is_a_commit_is_measured_by_its_own_code(checkout, measured,
     assert len(left.stdout.splitlines()) == 1
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_an_installed_copy_asks_no_repository_around_it(checkout, tmp_path, monkeypatch, capsys):
+    root, commit = checkout
+    commit(results.FORMAT)
+    given = ["bench", "decode", *TINY, "--json", str(tmp_path / "x.json"), "--base", "HEAD"]
+    for installed in (root / "hyperkernels", tmp_path):
+        monkeypatch.setattr(command, "ROOT", installed)
+        assert cli.main(given) == 2
+        assert "an installed copy, not a checkout: give a results file" in capsys.readouterr().err
+
+
 def test_a_base_without_git_asks_for_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command.shutil, "which", lambda _name: None)
     assert cli.main(["bench", "decode", *TINY, "--json", str(tmp_path / "x.json"), "--base", "HEAD"]) == 2

@@ -52,6 +52,7 @@ def test_env_explain_and_advise_speak_to_people_and_programs(capsys):
         (["bench", "linear", "--json", "/dev/null/x.json"], "cannot write there"),
         (["bench", "linear", "--json", "."], "is no file"),
         (["bench", "linear", "--csv", "/dev/null"], "is no file"),
+        (["bench", "linear", *TINY, "--json", "a", "--csv", "./a"], "--csv: got the same file as --json"),
         (["bench", "linear", *TINY, "--bas", "HEAD"], "unrecognized arguments: --bas"),
         (["explain", "64x64", "--contexts", "3", "--tokens", "64"], "a multiple of 3"),
         (["bench", "linear", *TINY, "--base", "no-such-commit"], "wanted a commit of"),

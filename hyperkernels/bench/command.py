@@ -67,6 +67,8 @@ def bench(arguments: argparse.Namespace) -> int:
     for path in (arguments.json, arguments.csv):
         if path is not None:
             files.check_writable(path)
+    if arguments.csv and arguments.csv.resolve() == arguments.json.resolve():
+        raise ValueError("--csv: got the same file as --json, wanted another")
     base = _base(arguments) if arguments.base else None
     console = Console(stderr=True, markup=False)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
@@ -135,6 +137,9 @@ def _base(arguments: argparse.Namespace) -> saved.Results:
     if not shutil.which("git"):
         raise ValueError("--base: a commit needs git, which is not installed: give a results file (.json)")
     git = ["git", "-C", str(ROOT)]
+    top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True).stdout.strip()
+    if not top or Path(top).resolve() != ROOT.resolve():  # a repository may lie around a virtual environment
+        raise ValueError("--base: this is an installed copy, not a checkout: give a results file (.json)")
     commit = subprocess.run(
         [*git, "rev-parse", "--verify", f"{arguments.base}^{{commit}}"], capture_output=True, text=True
     )
