@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 from unittest.mock import Mock
 
 import pytest
@@ -18,8 +19,8 @@ CEILINGS = {"gflop_per_s": 100.0, "gb_per_s": 20.0}
 
 def test_the_ceilings_are_the_machines():
     found = measure.ceilings()
-    assert found.keys() == {"gflop_per_s", "gb_per_s", "fma_gflop_per_s"}
-    assert min(found.values()) > 0
+    assert found.keys() == {"gflop_per_s", "gb_per_s", "fma_gflop_per_s", "unsteady"}
+    assert min(found[name] for name in found.keys() - {"unsteady"}) > 0
     assert measure.peak_gflop_per_s(found) == max(found["gflop_per_s"], found["fma_gflop_per_s"])
 
 
@@ -173,7 +174,32 @@ def test_a_dtype_that_is_slow_has_a_smaller_product_as_its_ceiling(monkeypatch):
     sizes = []
     monkeypatch.setattr(measure, "timed", lambda call, _device: sizes.append(len(call())) or len(sizes))
     assert measure.ceilings("cpu", torch.float32)["gflop_per_s"] > 0
-    assert sizes == [256]
+    assert sizes == [256] * 3
+
+
+def test_one_disturbed_round_does_not_make_the_product_small(monkeypatch):
+    sizes, rounds = [], iter(range(10**6))
+
+    def timed(call, _device):
+        sizes.append(len(call()))
+        return 1.0 if next(rounds) == 0 or sizes[-1] >= 512 else 1e-6
+
+    monkeypatch.setattr(measure, "timed", timed)
+    measure.ceilings("cpu", torch.float32)
+    assert sizes == [256] * 3 + [512] * 3
+
+
+@pytest.mark.parametrize(
+    ("product_s", "fma", "unsteady"),
+    [((1.0,), 1e12, False), ((1.0, 1.0, 3.0), 1e12, True), ((1.0,), 1.0, True)],
+    ids=["steady", "scattered", "above what registers do"],
+)
+def test_ceilings_that_something_disturbed_say_so(product_s, fma, unsteady, monkeypatch):
+    rounds = cycle(product_s)
+    clocks = iter([Mock(seconds=lambda: next(rounds)), Mock(seconds=lambda: 1.0)])
+    monkeypatch.setattr(measure, "Clock", lambda *_: next(clocks))
+    monkeypatch.setattr(native_cpu._cpu, "peak_flops_per_s", lambda: fma)
+    assert measure.ceilings()["unsteady"] is unsteady
 
 
 def test_times_that_lie_far_apart_are_said_to():

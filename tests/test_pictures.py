@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="the command line draws its tables with rich"
 pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
 pytest.importorskip("pydantic", reason="results are read with pydantic")
 
-from hyperkernels.bench import plots, results
+from hyperkernels.bench import command, page, plots, results
 
 
 def test_plots_are_drawn_without_a_display(measured, tmp_path, monkeypatch, capsys):
@@ -70,9 +70,9 @@ def test_the_crossover_lies_between_the_batches_where_the_factor_passes_1():
 
 
 def test_the_report_needs_no_other_file(measured, tmp_path):
-    page = tmp_path / "page.html"
-    assert cli.main(["report", str(measured), "--output", str(page)]) == 0
-    text = page.read_text()
+    path = tmp_path / "page.html"
+    assert cli.main(["report", str(measured), "--output", str(path)]) == 0
+    text = path.read_text()
     pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)
     assert len(pictures) == text.count("<img") >= 3
     assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in pictures)
@@ -81,13 +81,22 @@ def test_the_report_needs_no_other_file(measured, tmp_path):
         assert row["case"] in text
 
 
+def test_unsteady_ceilings_are_said_in_the_terminal_and_in_the_report(measured, capsys):
+    found = results.load(measured)
+    for unsteady in (False, True):
+        found["machine"]["ceilings"]["unsteady"] = unsteady
+        command.print_rows(found)
+        told = " ".join(capsys.readouterr().out.split())
+        assert [("ceilings are unsteady" in text) for text in (told, page.page(found))] == [unsteady] * 2
+
+
 @pytest.mark.skipif(not shutil.which("chromium") and not os.environ.get("CI"), reason="no chromium to look at it with")
 def test_a_browser_finds_nothing_amiss_in_the_report(measured, tmp_path):
-    page = tmp_path / "page.html"
-    assert cli.main(["report", str(measured), "--output", str(page)]) == 0
+    path = tmp_path / "page.html"
+    assert cli.main(["report", str(measured), "--output", str(path)]) == 0
     check = "<script>onload = () => { document.title = [...document.images].every(i => i.naturalWidth > 100) }</script>"
-    page.write_text(page.read_text().replace("</body>", f"{check}</body>"))
+    path.write_text(path.read_text().replace("</body>", f"{check}</body>"))
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    seen = subprocess.run([*browser, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    seen = subprocess.run([*browser, path.as_uri()], capture_output=True, text=True, timeout=60, check=True)
     assert "<title>true</title>" in seen.stdout
     assert "CONSOLE" not in seen.stderr

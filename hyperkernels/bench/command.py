@@ -195,6 +195,8 @@ def print_rows(found: saved.Results, base: saved.Results | None = None) -> None:
     """A table for each case, and below what its columns mean."""
     console = wide_console()
     console.print(saved.told(found["machine"]))
+    if unsteady := saved.unsteady_ceilings(found["machine"]):
+        console.print(unsteady, style="italic")
     for row in found["rows"]:
         console.print(_table(row, base) if row["times"] else f"{row['suite']}: {row['case']}")
         for name, why in row["missing"].items():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ WARM_S = 0.01
 LEAST_S = 1e-3  # of a measurement: shorter calls are repeated within it
 LARGE_S = 0.01  # of a product that is large enough for a ceiling
 SLOW_S = 0.1  # a call that takes this long is its own warm-up
+UNSTEADY = 1.5  # times p20 is p80 where something else took part of the machine
 CACHE_BYTES = 256 << 20  # written between calls on a CUDA device, more than its second-level cache
 
 
@@ -34,6 +36,10 @@ class Quantiles(NamedTuple):
     def of(cls, seconds: list[float]) -> Quantiles:
         shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
         return cls(*(1e3 * torch.tensor(seconds, dtype=torch.float64).quantile(shares)).tolist())
+
+    @property
+    def steady(self) -> bool:
+        return self.p80_ms <= UNSTEADY * self.p20_ms
 
 
 def warm(call: Callable[[], Any], device: str = "cpu") -> None:
@@ -131,7 +137,8 @@ def _beyond_the_cache() -> Tensor:
 
 def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """The best of ten large matrix products in `dtype`, and of ten large copies; on a CPU also the multiplications and
-    additions of all threads whose operands never leave their registers: in fp32, and for fp64 half as many."""
+    additions of all threads whose operands never leave their registers: in fp32, and for fp64 half as many. They are
+    unsteady where the rounds of one lie far apart, or a product does more than its registers can."""
     size, largest = 256, 8192 if device == "cuda" else 2048
     while size < largest and _product_s(size, device, dtype) < LARGE_S:  # on a CPU fp16 takes a thousand times as long
         size *= 2
@@ -139,19 +146,23 @@ def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[st
     source = torch.randn(64 << 20, device=device)
     target = torch.empty_like(source)
     clocks = Clock(lambda: a @ a, device), Clock(lambda: target.copy_(source), device)
-    product, copy = (min(clock.seconds() for _ in range(10)) for clock in clocks)
+    rounds = [[clock.seconds() for _ in range(10)] for clock in clocks]
+    product, copy = map(min, rounds)
     found = {"gflop_per_s": 2 * size**3 / product / 1e9, "gb_per_s": 2 * source.nbytes / copy / 1e9}
     if device == "cpu" and not native_cpu.MISSING:
         spin, threads = import_module("hyperkernels._cpu").peak_flops_per_s, torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool:
-            together = [sum(pool.map(lambda _: spin(), range(threads))) for _ in range(5)]
+            together = [sum(pool.map(lambda _: spin(), range(threads)), 0.0) for _ in range(5)]
+        rounds.append(together)
         found["fma_gflop_per_s"] = max(together) / 1e9 / (2 if dtype == torch.float64 else 1)
-    return found
+    above = dtype in (torch.float32, torch.float64) and found["gflop_per_s"] > found.get("fma_gflop_per_s", inf)
+    return found | {"unsteady": above or not all(Quantiles.of(own).steady for own in rounds)}
 
 
 def _product_s(size: int, device: str, dtype: torch.dtype) -> float:
+    """The least of three: one that was disturbed would make a product too small for a ceiling."""
     a = torch.randn(size, size, device=device, dtype=dtype)
-    return timed(lambda: a @ a, device)
+    return min(timed(lambda: a @ a, device) for _ in range(3))
 
 
 def peak_gflop_per_s(ceilings: dict[str, float]) -> float:

@@ -45,6 +45,8 @@ def page(results: saved.Results) -> str:
     """The whole document."""
     machine = f"{saved.told(results['machine'])}; hyperkernels {results['machine']['hyperkernels']}"
     parts = [f"<p>{_text(machine)}</p>", f"<p><code>{_text(results['command'])}</code></p>"]
+    if unsteady := saved.unsteady_ceilings(results["machine"]):
+        parts.append(f"<p>{_text(unsteady)}.</p>")
     if not results["complete"]:
         parts.append("<p class=failed>Stopped before its end: these are the rows that were measured.</p>")
     for name, figure in figures(results).items():

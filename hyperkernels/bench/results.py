@@ -13,6 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from hyperkernels.bench.case import ENGINES, OURS
 from hyperkernels.bench.files import ResultsError, write
+from hyperkernels.bench.measure import UNSTEADY
 
 FORMAT = 2
 TERMS = {
@@ -24,11 +25,12 @@ TERMS = {
 
 
 class Ceilings(TypedDict):
-    """What `measure.ceilings` finds; the last on a CPU with the native engine."""
+    """What `measure.ceilings` finds; FMAs on a CPU with the native engine."""
 
     gflop_per_s: PositiveFloat
     gb_per_s: PositiveFloat
     fma_gflop_per_s: NotRequired[PositiveFloat]
+    unsteady: NotRequired[bool]
 
 
 class Machine(TypedDict):
@@ -44,7 +46,7 @@ RATES = {
     "fma_gflop_per_s": "multiplications in registers {:.0f} GFLOP/s",
     "gb_per_s": "a large copy {:.0f} GB/s",
 }
-UNSTEADY = 1.5  # times p20 is p80 where something else took part of the machine
+BUSY = "Is the machine busy? With OMP_WAIT_POLICY=passive, threads that wait leave it to others"
 COLUMNS = ("", "p20 ms", "p50 ms", "p80 ms", "ours is", "roof", "max err", "RMS err", "MiB")
 
 
@@ -159,9 +161,13 @@ def unsteady(row: Row) -> str:
     names = [name for name, times in row["times"].items() if times["p80_ms"] > UNSTEADY * times["p20_ms"]]
     if not names:
         return ""
-    return (
-        f"unsteady: {', '.join(names)}: p80 is over {UNSTEADY} times p20. Is the machine busy? With "
-        "OMP_WAIT_POLICY=passive, threads that wait leave it to others"
+    return f"unsteady: {', '.join(names)}: p80 is over {UNSTEADY} times p20. {BUSY}"
+
+
+def unsteady_ceilings(machine: Machine) -> str:
+    """In words, that the machine was disturbed while its ceilings were measured; nothing where it was not."""
+    return f"the ceilings are unsteady, and so is every share of the roof. {BUSY}" * machine["ceilings"].get(
+        "unsteady", 0
     )
 
 
