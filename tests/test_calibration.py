@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from math import inf
 from unittest.mock import Mock
 
 import pytest
@@ -14,7 +15,7 @@ from hyperkernels.call import ORDERS, Call
 from hyperkernels.chunking import Grid
 
 pytest.importorskip("rich", reason="calibrating shows its progress with rich")
-from hyperkernels.bench import calibrate
+from hyperkernels.bench import calibrate, measure
 
 
 @pytest.fixture
@@ -108,7 +109,8 @@ def test_off_is_off(monkeypatch):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Calls enough to fit to, and few."""
+    """Calls enough to fit to, and few, on a machine that nothing disturbs."""
+    monkeypatch.setattr(measure, "UNSTEADY", inf)
     monkeypatch.setattr(calibrate, "LAYERS", [(256, 256)])
     monkeypatch.setattr(calibrate, "ROWS", (1, 16))
 
@@ -148,6 +150,41 @@ def test_calibrate_says_before_it_measures_that_it_cannot_keep(monkeypatch, tmp_
     monkeypatch.setattr(calibrate, "measured", Mock(side_effect=AssertionError("it measures")))
     with pytest.raises(ValueError, match="cannot write there"):
         calibrate.calibrate()
+
+
+def test_rounds_are_passes_over_all_calls_and_steady_where_they_agree(few, monkeypatch):
+    timed = []
+    monkeypatch.setattr(measure, "UNSTEADY", 1.5)
+    monkeypatch.setattr(calibrate, "timed", lambda run: timed.append(run) or float(len(timed)))
+    points = calibrate.measured()
+    assert timed == timed[: len(points)] * calibrate.ROUNDS
+    assert [point.measured_us for point in points] == pytest.approx([1e6 * n for n in range(1, len(points) + 1)])
+    assert not any(point.steady for point in points)
+    monkeypatch.setattr(calibrate, "timed", lambda _run: 1.0)
+    assert all(point.steady for point in calibrate.measured())
+
+
+@pytest.mark.parametrize(("busy", "code"), [(0.25, 0), (0.75, 1)])
+def test_calls_that_something_disturbed_are_left_out(busy, code, kept, few, monkeypatch, capsys):
+    true = {name: 2 * value for name, value in calibration.constants().items()}
+    points = [p._replace(measured_us=calibrate.expected_us(p, true)) for p in calibrate.measured()]
+    many = round(busy * len(points))
+    disturbed = [p._replace(measured_us=10 * p.measured_us, steady=False) for p in points[:many]]
+    monkeypatch.setattr(calibrate, "measured", lambda: disturbed + points[many:])
+    assert calibrate.calibrate() == code
+    told = capsys.readouterr().out
+    assert f"{many} of {len(points)} calls are left out" in told
+    assert ("1.00 times fitted" in told) is kept.exists() is (code == 0)
+    assert ("set OMP_WAIT_POLICY=passive, and calibrate again" in told) is (code == 1)
+
+
+def test_a_constant_at_a_bound_of_the_fit_is_named(kept, few, monkeypatch, capsys):
+    before = calibration.constants()
+    found = {name: value * (calibrate.BOUND if name == "call_us" else 2) for name, value in before.items()}
+    monkeypatch.setattr(calibrate, "fitted", lambda *_: found)
+    calibrate.calibrate()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "a bound of the fit" in line] == ["call_us"]
 
 
 def test_a_stopped_calibration_keeps_nothing(kept, monkeypatch, tmp_path, capsys):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,10 +18,10 @@ from rich.progress import track
 from hyperkernels import calibration
 from hyperkernels.backends import BACKENDS, native_cpu
 from hyperkernels.bench import files
-from hyperkernels.bench.measure import timed
+from hyperkernels.bench.measure import UNSTEADY, Quantiles, timed
 from hyperkernels.call import ORDERS, Call
 from hyperkernels.chunking import Grid
-from hyperkernels.planner import Plan, Step, plan_contraction
+from hyperkernels.planner import Step, plan_contraction
 
 LAYERS = [(256, 256), (1024, 1024), (2304, 768), (1000, 784)]
 CHUNKS = [(4, 64), (16, 64), (16, 16), (8, 256)]
@@ -29,17 +30,30 @@ SLOW_US = 50_000
 ROUNDS = 5
 
 
+BOUND = 10  # a constant is at most so many times what it was, and at least that part of it
+
+
 class Point(NamedTuple):
-    """A call in an order on a backend: what it took, and what the model's constants are multiplied with."""
+    """A call in an order on a backend: what it took, and what the model's constants are multiplied with. It is steady
+    where its rounds lie close together."""
 
     backend: str
     measured_us: float
+    features: dict[str, float]
+    steady: bool = True
+
+
+class Run(NamedTuple):
+    """A call in an order on a backend, to be timed."""
+
+    backend: str
+    run: Callable[[], Any]
     features: dict[str, float]
 
 
 def calibrate() -> int:
     """Measure, fit, keep, and draw beside what is kept; exit code 0, or 1 where nothing is kept: the fit is no better
-    than what the model had, or somebody stopped it."""
+    than what the model had, most calls were disturbed, or somebody stopped it."""
     target = calibration.path()
     if target is None:
         raise ValueError("HYPERKERNELS_CALIBRATION is off, or there is no home folder: name a file in it")
@@ -48,16 +62,23 @@ def calibrate() -> int:
         files.check_writable(path)
     torch.manual_seed(0)
     try:
-        points = measured()
+        found = measured()
     except KeyboardInterrupt:
         print("stopped: nothing is kept", file=sys.stderr)
+        return 1
+    points = [point for point in found if point.steady]
+    print(f"{len(found) - len(points)} of {len(found)} calls are left out: p80 is over {UNSTEADY} times p20")
+    if 2 * len(points) < len(found):
+        print("nothing is kept: something else runs here; stop it, set OMP_WAIT_POLICY=passive, and calibrate again")
         return 1
     before = calibration.constants()
     after = fitted(points, before)
     off = [median(_off(p, values) for p in points) for values in (before, after)]
     print(f"{len(points)} calls; the model is off by {off[0]:.2f} times as it was, {off[1]:.2f} times fitted (median)")
     for name in calibration.CONSTANTS:
-        print(f"  {name:20} {before[name]:12.4g} -> {after[name]:12.4g}")
+        times = max(after[name] / before[name], before[name] / after[name])
+        bound = ": stopped at a bound of the fit" if times > 0.999 * BOUND else ""
+        print(f"  {name:20} {before[name]:12.4g} -> {after[name]:12.4g}{bound}")
     better = off[1] <= off[0]
     if better:
         kept = {"format": calibration.FORMAT, "machine": calibration.machine_key(), "constants": after}
@@ -71,6 +92,7 @@ def calibrate() -> int:
 
 
 def measured() -> list[Point]:
+    """In passes over all calls, so that what disturbs the machine for a while disturbs one round of each."""
     calls = [
         Call(Grid(N, K, rows, cols), 16, 1, 1, B)
         for N, K in LAYERS
@@ -78,28 +100,29 @@ def measured() -> list[Point]:
         for B in ROWS
         if rows <= N and cols <= K
     ]
-    found = []
+    runs = [run for call in calls for run in _runs(call)]
+    seconds: list[list[float]] = [[] for _ in runs]
     with torch.no_grad():
-        for call in track(calls, "measuring", console=Console(stderr=True)):
-            factors = {name: torch.randn(call.shape(name)) for name in ("hidden", "head", "x")}
-            for backend in ("cpu", "torch"):
-                if not BACKENDS[backend].supports(call, None)[0]:
-                    continue
-                for order in ORDERS:
-                    entry = BACKENDS[backend]
-                    plan = plan_contraction(call, ("y",), order, entry.estimate, entry.shares)
-                    if plan.steps[0].time_us < SLOW_US:
-                        found.append(_point(call, backend, plan, factors))
-    return found
+        for n in track(list(range(len(runs))) * ROUNDS, "measuring", console=Console(stderr=True)):
+            seconds[n].append(timed(runs[n].run))
+    return [
+        Point(run.backend, 1e6 * min(rounds), run.features, Quantiles.of(rounds).steady)
+        for run, rounds in zip(runs, seconds)
+    ]
 
 
-def _point(call: Call, backend: str, plan: Plan, factors: dict[str, torch.Tensor]) -> Point:
-    contract = BACKENDS[backend].contract
-    assert contract is not None
-    best = min(timed(partial(contract, call, plan, factors, None)) for _ in range(ROUNDS))
-    (step,) = plan.steps
-    features = _native_features(call, step) if backend == "cpu" else _torch_features(call, step)
-    return Point(backend, 1e6 * best, features)
+def _runs(call: Call) -> Iterator[Run]:
+    """The call by each backend that can do it, in each order that is not slow."""
+    factors = {name: torch.randn(call.shape(name)) for name in ("hidden", "head", "x")}
+    for backend, features in (("cpu", _native_features), ("torch", _torch_features)):
+        entry = BACKENDS[backend]
+        if not entry.supports(call, None)[0]:
+            continue
+        assert entry.contract is not None
+        for order in ORDERS:
+            plan = plan_contraction(call, ("y",), order, entry.estimate, entry.shares)
+            if plan.steps[0].time_us < SLOW_US:
+                yield Run(backend, partial(entry.contract, call, plan, factors, None), features(call, plan.steps[0]))
 
 
 def _native_features(call: Call, step: Step) -> dict[str, float]:
@@ -139,7 +162,7 @@ def _off(point: Point, values: dict[str, float]) -> float:
 
 
 def fitted(points: list[Point], before: dict[str, float]) -> dict[str, float]:
-    """Least squares of the relative error, each constant between a tenth of what it was and ten times that."""
+    """Least squares of the relative error, each constant within BOUND of what it was."""
     after = dict(before)
     for backend in {point.backend for point in points}:
         own = [point for point in points if point.backend == backend]
@@ -154,14 +177,14 @@ def fitted(points: list[Point], before: dict[str, float]) -> dict[str, float]:
 
 
 def _bounded_least_squares(rows: torch.Tensor, steps: int = 2000) -> torch.Tensor:
-    """The minimum of `||rows s - 1||` over 0.1 <= s <= 10, one unknown at a time."""
+    """The minimum of `||rows s - 1||` over 1 / BOUND <= s <= BOUND, one unknown at a time."""
     scale = torch.ones(rows.shape[1], dtype=torch.float64)
     squares = rows.square().sum(0).clamp_min(1e-300)
     for _ in range(steps):
         for n in range(len(scale)):
             rest = 1 - rows @ scale + rows[:, n] * scale[n]
             if rows[:, n].any():
-                scale[n] = ((rows[:, n] @ rest) / squares[n]).clamp(0.1, 10)
+                scale[n] = ((rows[:, n] @ rest) / squares[n]).clamp(1 / BOUND, BOUND)
     return scale
 
 
