@@ -227,8 +227,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         *("--calibrate",),
         action="store_true",
-        help="fit the planner's constants to this machine in a minute, or in some where it is busy; draw how well they do here, and keep "
-        f"both in {calibration.path() or 'the cache folder of a user who has a home'}; delete that file to go back",
+        help="fit the planner's constants to this machine in a minute, or in some where it is busy, draw how well they "
+        f"do here, and keep both in {calibration.path() or 'the cache folder of a user who has a home'}; "
+        "delete that file to go back",
     )
     plot = command(
         *("plot", _plot, "draw saved results: speed-up, roofline, memory, scaling"),

@@ -49,24 +49,48 @@ def test_pictures_hold_what_was_measured(measured):
     assert list(curve.get_ydata()) == [results.ratio(row, "materialise") for row in rows]
 
 
-def test_the_star_lies_where_the_factor_passes_1(measured):
+def test_stars_lie_where_a_factor_passes_1(measured):
     found = results.load(measured)
     found["rows"] = [row for row in found["rows"] if row["suite"] == "linear"]
-    for row, factor in zip(found["rows"], (0.5, 0.5, 2.0)):
-        row["times"] = {name: {"p20_ms": 1.0, "p50_ms": 1.0, "p80_ms": 1.0} for name in ("hyperkernels", "dense")}
-        row["times"]["dense"]["p50_ms"], row["flops"], row["bytes"] = factor, {}, {}
+    factors = {"hyperkernels": (1.0, 1.0, 1.0), "dense": (0.5, 0.5, 2.0), "einsum": (0.5, 2.0, 0.5)}
+    for n, row in enumerate(found["rows"]):
+        row["times"] = {name: {"p20_ms": 1.0, "p50_ms": own[n], "p80_ms": 1.0} for name, own in factors.items()}
+        row["flops"], row["bytes"] = {}, {}
     (axis,) = [axis for axis in plots.figures(found)["speedup"].axes if axis.get_visible()]
-    (star,) = [line for line in axis.lines if line.get_marker() == "*"]
-    assert list(star.get_xdata()) == pytest.approx([64.0])  # between 16 and 256, in logarithms
-    assert "where it passes 1" in [text.get_text() for text in axis.get_legend().get_texts()]
+    stars = [line for line in axis.lines if line.get_marker() == "*"]
+    assert [float(star.get_xdata()[0]) for star in stars] == pytest.approx([64.0, 4.0, 64.0])  # in logarithms
+    assert [star.get_color() for star in stars] == [plots.STYLES[name][0] for name in ("dense", "einsum", "einsum")]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["dense", "einsum", "where it passes 1"]
+    assert {text.get_bbox_patch() is None for text in axis.texts} == {False}
+    axis.figure.canvas.draw()
+    assert [text.get_text() for text in axis.get_yticklabels() if "$" in text.get_text()] == []
+    assert "1" in [text.get_text() for text in axis.get_yticklabels()]
+
+
+def test_pictures_without_ours_have_nothing_to_warn_of(measured):
+    found = results.load(measured)
+    for row in found["rows"]:
+        for told in (row["times"], row["flops"], row["bytes"]):
+            for name in told.keys() - {"einsum"}:
+                told.pop(name, None)
+    assert plots.figures(found).keys() <= {"memory"}
+
+
+def test_weights_have_a_tick_at_each_size(measured):
+    axis = plots.figures(results.load(measured))["memory"].axes[0]
+    axis.figure.canvas.draw()
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["4k", "16k", "66k"]
 
 
 def test_the_crossover_lies_between_the_batches_where_the_factor_passes_1():
-    from hyperkernels.bench.plots import crossover
+    from hyperkernels.bench.plots import crossovers
 
-    assert crossover([(1, 0.5), (4, 2.0)]) == pytest.approx(2.0)
-    assert crossover([(1, 4.0), (16, 0.25)]) == pytest.approx(4.0)
-    assert crossover([(1, 2.0), (4, 3.0)]) is None
+    assert list(crossovers([(1, 0.5), (4, 2.0)])) == pytest.approx([2.0])
+    assert list(crossovers([(1, 4.0), (16, 0.25)])) == pytest.approx([4.0])
+    assert list(crossovers([(1, 0.5), (4, 2.0), (16, 0.5)])) == pytest.approx([2.0, 8.0])
+    assert list(crossovers([(1, 0.5), (4, 1.0), (16, 2.0)])) == pytest.approx([4.0])
+    assert list(crossovers([(1, 2.0), (4, 1.0), (16, 0.5)])) == pytest.approx([4.0])
+    assert list(crossovers([(1, 2.0), (4, 3.0)])) == []
 
 
 def test_the_report_needs_no_other_file(measured, tmp_path):
@@ -79,6 +103,8 @@ def test_the_report_needs_no_other_file(measured, tmp_path):
     assert not re.search(r"<script|<link|https?://", text)
     for row in results.load(measured)["rows"]:
         assert row["case"] in text
+    assert "1 context of 4" in text
+    assert "own FLOPs and bytes" in text
 
 
 def test_unsteady_ceilings_are_said_in_the_terminal_and_in_the_report(measured, capsys):

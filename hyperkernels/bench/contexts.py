@@ -198,7 +198,7 @@ def many_contexts(
         return materialised(*(v.double() for v in (x[:2], few, chunks, head)))
 
     call = canonical_form(x, hk.AdditiveHidden(context, chunks, "relu"), head, out_features=N, context_ids=ids).call
-    who = f"{G} contexts of {T}" if ids is None else f"{L} requests of {G} tasks, {T} tokens each"
+    who = f"{G} context{'s' * (G > 1)} of {T}" if ids is None else f"{L} requests of {G} tasks, {T} tokens each"
     name = f"forward, {who}, {N}x{K}, chunks {rows}x{cols}, m={m}, relu" + unusual(dtype)
     ours.check(name, call)
     left_out: dict[str, str] = {}

@@ -15,7 +15,7 @@ from hyperkernels.bench.suites import SUITES
 
 CAPTIONS = {
     "speedup": "How many times faster ours is, against the rows in a batch.",
-    "roofline": "Each row under the machine's roof.",
+    "roofline": "Each row under the machine's roof, by each contestant's own FLOPs and bytes.",
     "memory": "What a call holds at once, against how many weights its contexts have.",
     "scaling": "A training step against how many weights the layer has.",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ STYLES: dict[str, tuple[str, str, Any]] = {
 
 
 PASSES = "where it passes 1"
+BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+LABEL: Any = {"textcoords": "offset points", "xytext": (7, 7), "fontsize": 8, "bbox": BOX}
+PLACED = (OURS, "dense", "materialise", "triton")  # under the roof: the others' points lie on these
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -69,13 +72,12 @@ def plot(path: Path, folder: Path, wanted: str) -> list[Path]:
     return written
 
 
-def crossover(points: Sequence[tuple[float, Any]]) -> float | None:
+def crossovers(points: Sequence[tuple[float, Any]]) -> Iterator[float]:
     """Where the factor, between two measured batch sizes, passes 1: on the line between them, in logarithms."""
     for (x0, y0), (x1, y1) in pairwise(points):
-        if (y0 - 1) * (y1 - 1) < 0:
+        if (y0 < 1) != (y1 < 1):
             share = math.log(y0) / (math.log(y0) - math.log(y1))
-            return math.exp(math.log(x0) + share * (math.log(x1) - math.log(x0)))
-    return None
+            yield math.exp(math.log(x0) + share * (math.log(x1) - math.log(x0)))
 
 
 def _good(results: saved.Results, *suites: str) -> list[saved.Row]:
@@ -111,29 +113,33 @@ def _speedup(results: saved.Results) -> Any:
     groups: dict[tuple[Any, ...], list[saved.Row]] = {}
     for row in _good(results, "linear", "decode", "contexts", "train-step"):
         values: Any = row["values"]
-        if {"N", "B"} <= values.keys() and "convolution" not in row["case"]:
+        compared = any(saved.ratio(row, name) for name in row["times"])
+        if compared and {"N", "B"} <= values.keys() and "convolution" not in row["case"]:
             what = row["case"].split(",")[0] + values.get("whose", "")
             groups.setdefault((row["suite"], what, values["N"], values["K"]), []).append(row)
     groups = {key: rows for key, rows in groups.items() if len({_along(row, "B") for row in rows}) > 1}
     if not groups:
         return None
+    from matplotlib.ticker import LogLocator
+
     figure, axes = canvas(len(groups))
     for axis, ((_, what, N, K), rows) in zip(axes, groups.items()):
         rows.sort(key=lambda row: _along(row, "B"))
-        first = True
+        stars = []
         for name in dict.fromkeys(name for row in rows for name in row["times"] if saved.ratio(row, name)):
             points = [(_along(row, "B"), saved.ratio(row, name)) for row in rows if saved.ratio(row, name)]
             axis.plot(*zip(*points), **_style(name))
-            where = crossover(points)
-            if where is not None:
-                star: Any = {"color": "#D55E00", "markeredgecolor": "black", "linestyle": "", "label": PASSES * first}
-                axis.plot([where], [1], marker="*", markersize=13, **star)
-                first = False
-                axis.annotate(f"B = {where:.0f}", (where, 1), textcoords="offset points", xytext=(6, 6), fontsize=8)
+            stars += [(where, _style(name)["color"]) for where in crossovers(points)]
         axis.axhline(1, color="0.3", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="rows in the batch", ylabel="times faster than")
+        for n, (where, color) in enumerate(stars):
+            star: Any = {"color": color, "markeredgecolor": "black", "linestyle": "", "label": PASSES * (n == 0)}
+            axis.plot([where], [1], marker="*", markersize=13, zorder=3, **star)
+            axis.annotate(f"B = {where:.0f}", (where, 1), zorder=4, **LABEL)
+        axis.set(xscale="log", yscale="log", xlabel="rows in the batch", ylabel="ours, times as fast")
         sizes = sorted({_along(row, "B") for row in rows})
         axis.set_xticks(sizes, map(str, sizes))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.set_title(f"{what}, {N}x{K}", fontsize=10)
         axis.grid(alpha=0.3, which="both")
@@ -143,7 +149,9 @@ def _speedup(results: saved.Results) -> Any:
 
 def _roofline(results: saved.Results) -> Any:
     """GFLOP/s against FLOPs per byte that must be moved, under the machine's own roof."""
-    rows = [row for row in _good(results, *{row["suite"] for row in results["rows"]}) if row.get("bytes")]
+    rows = [
+        row for row in _good(results, *{row["suite"] for row in results["rows"]}) if {*PLACED} & row["bytes"].keys()
+    ]
     ceilings: Any = results["machine"]["ceilings"]
     if not rows:
         return None
@@ -154,7 +162,7 @@ def _roofline(results: saved.Results) -> Any:
     axis.plot([low, knee, high], [low * ceilings["gb_per_s"], peak, peak], color="black", linewidth=1.5)
     axis.annotate(f"{peak:.0f} GFLOP/s", (high, peak), ha="right", va="bottom", fontsize=8)
     axis.annotate(f"{ceilings['gb_per_s']:.0f} GB/s", (low, low * ceilings["gb_per_s"]), va="bottom", fontsize=8)
-    for name in (OURS, "dense", "materialise", "triton"):
+    for name in PLACED:
         points = [
             (row["flops"][name] / row["bytes"][name], row["flops"][name] / row["times"][name]["p50_ms"] / 1e6)
             for row in rows
@@ -175,7 +183,7 @@ def _against_weights(results: saved.Results, suite: str, what: list[tuple[str, C
     )
     if len({_along(row, "weights") for row in rows}) < 2:
         return None
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = canvas(len(what))
     for axis, (label, value) in zip(axes, what):
@@ -183,7 +191,10 @@ def _against_weights(results: saved.Results, suite: str, what: list[tuple[str, C
             points = [(_along(row, "weights"), value(row, name)) for row in rows if name in row["times"]]
             axis.plot(*zip(*[(x, max(y, 1e-3)) for x, y in points]), **_style(name))
         axis.set(xscale="log", yscale="log", xlabel="generated weights", ylabel=label)
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xticks(sorted({_along(row, "weights") for row in rows}))
+        axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+        axis.xaxis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
     return figure

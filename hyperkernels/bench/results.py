@@ -18,7 +18,8 @@ from hyperkernels.bench.measure import UNSTEADY
 FORMAT = 2
 TERMS = {
     "ours is": "how many times as fast, by the medians of interleaved rounds",
-    "roof": "the share of the least time that this machine's ceilings allow the work; above 100 % what a cache holds",
+    "roof": "the share of the least time that this machine's ceilings allow the contestant's own FLOPs and bytes; "
+    "above 100 % what a cache holds",
     "err": "off from fp64, of the largest and of the RMS value",
     "MiB": "what a call holds at once beyond its inputs, its result included",
 }
