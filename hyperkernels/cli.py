@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hyperkernels as hk
 
@@ -18,11 +18,19 @@ EXIT_CODES = (
     "exit codes: 0; 1 if a row failed, or nothing was measured, finished or kept; 2 for bad arguments, files that "
     "cannot be read, or what is not installed"
 )
-RESULTS = Path("hyperkernels-bench.json")
+RESULTS, PAGE = Path("hyperkernels-bench.json"), Path("hyperkernels-bench.html")
+JSON_HELP = f"results, kept as they come: the first row replaces what was there ({RESULTS})"
 
 
 class UsageError(Exception):
     """One line that says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what it cannot read in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def needs(*modules: str) -> None:
@@ -46,8 +54,8 @@ def pair_of(wanted: str, what: str) -> Callable[[str], tuple[int, int]]:
     return parse
 
 
-shape_of = pair_of("NxK", "out and in features: 4096x4096")
-chunk_of = pair_of("RxC", "rows and columns of a chunk: 16x256")
+shape_of = pair_of("NxK", "out and in features, such as 4096x4096")
+chunk_of = pair_of("RxC", "rows and columns of a chunk, such as 16x256")
 
 
 def positive(text: str) -> int:
@@ -58,6 +66,12 @@ def positive(text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a positive integer") from None
     return value
+
+
+def file_of(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("got '', wanted a file")
+    return Path(text)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -180,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
     from hyperkernels.bench.suites import DTYPES, SUITES
     from hyperkernels.call import ORDERS
 
-    whole = argparse.ArgumentParser(
+    whole = Parser(
         allow_abbrev=False,
         prog="hyperkernels",
         description="Hypernetworks whose weights are never formed: measure them here, and see what would run.",
@@ -190,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=hk.__version__)
     commands = whole.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Any, what: str, *examples: str, more: str = "") -> argparse.ArgumentParser:
+    def command(name: str, run: Any, what: str, *examples: str, more: str = "") -> Parser:
         found = commands.add_parser(
             name,
             allow_abbrev=False,
@@ -222,8 +236,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=positive, help="of each case (15; 5 with --quick)")
     bench.add_argument("--threads", type=positive, help="of torch; as torch would by default")
     bench.add_argument("--base", metavar="REF", help="compare with a commit, measured here too, or with a results file")
-    bench.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help=f"results ({RESULTS})")
-    bench.add_argument("--csv", type=Path, metavar="FILE", help="a line for each contestant, too")
+    bench.add_argument("--json", type=file_of, default=RESULTS, metavar="FILE", help=JSON_HELP)
+    bench.add_argument("--csv", type=file_of, metavar="FILE", help="a line for each contestant, too")
     bench.add_argument(
         *("--calibrate",),
         action="store_true",
@@ -240,10 +254,10 @@ def parser() -> argparse.ArgumentParser:
         *("", "out/contexts.json --output out/contexts.html"),
     )
     for each in (plot, page):
-        each.add_argument("results", type=Path, nargs="?", default=RESULTS, help=f"what bench saved ({RESULTS})")
+        each.add_argument("results", type=file_of, nargs="?", default=RESULTS, help=f"what bench saved ({RESULTS})")
     plot.add_argument("--output", type=Path, default=Path("."), help="folder for the pictures (here)")
     plot.add_argument("--format", choices=("png", "svg", "both"), default="both")
-    page.add_argument("--output", type=Path, default=Path("hyperkernels-bench.html"), help="(hyperkernels-bench.html)")
+    page.add_argument("--output", type=file_of, default=PAGE, help=f"({PAGE})")
 
     env = command(
         "env", _env, "show versions, CPU features, GPUs, and which backends are there or why not", "", "--json"

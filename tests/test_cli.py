@@ -41,7 +41,7 @@ def test_env_explain_and_advise_speak_to_people_and_programs(capsys):
     ("given", "wanted"),
     [
         (["bench", "sideways"], "suite: got 'sideways', wanted one of linear"),
-        (["bench", "--shape", "64"], "--shape: got '64', wanted NxK"),
+        (["bench", "--shape", "64"], "--shape: got '64', wanted NxK, out and in features, such as"),
         (["bench", "--rounds", "0"], "--rounds: got '0', wanted a positive integer"),
         (["bench", "scaling", "--shape", "64x64"], "no case for these settings"),
         (["bench", "--calibrate", "--quick"], "--calibrate: got --quick beside it"),
@@ -56,8 +56,14 @@ def test_env_explain_and_advise_speak_to_people_and_programs(capsys):
         (["bench", "linear", *TINY, "--bas", "HEAD"], "unrecognized arguments: --bas"),
         (["explain", "64x64", "--contexts", "3", "--tokens", "64"], "a multiple of 3"),
         (["bench", "linear", *TINY, "--base", "no-such-commit"], "wanted a commit of"),
-        (["report", "nowhere.json"], "cannot read it"),
-        (["plot", "nowhere.json"], "cannot read it"),
+        (["report", "nowhere.json"], "is not there: `hyperkernels bench"),
+        (["plot", "nowhere.json"], "is not there: `hyperkernels bench"),
+        (["report", "."], "cannot read it (Is a directory): give a file"),
+        (["bench", "linear", "--json="], "--json: got '', wanted a file"),
+        (["report", ""], "results: got '', wanted a file"),
+        (["bench", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["advise", "64x64", "--budget", "-1"], "a positive integer; see hyperkernels advise --help"),
+        ([], "required: command; see hyperkernels --help"),
         (["advise", "4096by4096"], "wanted NxK"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -71,7 +77,8 @@ def test_bad_arguments_are_one_line_that_says_what_to_do(given, wanted, capsys, 
     except SystemExit as stopped:
         code = stopped.code
     assert code == 2
-    assert wanted in capsys.readouterr().err.splitlines()[-1]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert wanted in told
 
 
 @pytest.mark.parametrize("given", [[], ["bench"], ["plot"], ["report"], ["env"], ["explain"], ["advise"]], ids=str)
@@ -82,6 +89,7 @@ def test_help_teaches_with_examples(given, capsys):
     told = capsys.readouterr().out
     assert "examples:" in told
     assert "exit codes" in told
+    assert ("the first row replaces" in " ".join(told.split())) is (given == ["bench"])
 
 
 def test_it_runs_as_a_module():

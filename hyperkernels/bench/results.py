@@ -204,10 +204,10 @@ def load(path: Path) -> Results:
     """What `save` wrote, part by part as the types above have it."""
     try:
         found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ResultsError(f"{path}: is not there: `hyperkernels bench --quick --json {path}` makes one") from None
     except OSError as error:
-        raise ResultsError(
-            f"{path}: cannot read it ({error.strerror}): `hyperkernels bench --quick --json {path}` makes one"
-        ) from None
+        raise ResultsError(f"{path}: cannot read it ({error.strerror}): give a file that you may read") from None
     except ValueError:
         raise ResultsError(f"{path}: it is cut short or no JSON: measure again, or give another file") from None
     if not isinstance(found, dict) or "hyperkernels_bench" not in found:
