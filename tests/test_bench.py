@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import math
 import re
 import shutil
 import signal
@@ -24,7 +26,7 @@ pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
 pytest.importorskip("pydantic", reason="results are read with pydantic")
 from rich.console import Console
 
-from hyperkernels.bench import command, files, linear, results, suites
+from hyperkernels.bench import command, files, linear, models, results, suites
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,6 +70,26 @@ def test_every_suite_runs(tmp_path, monkeypatch):
             assert judged == row["errors"].keys() >= {"hyperkernels"}
             assert all(saved["right"] for saved in row["errors"].values())
             assert {line.times_faster for line in results.lines(row) if line.contestant in row["parts"]} <= {None}
+
+
+def test_decoding_reads_the_cache_by_the_name_that_transformers_gives_it(caplog, monkeypatch):
+    pytest.importorskip("transformers", reason="GPT-2 is transformers'")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    case = models.decode(layers=1, past=2)
+    assert case.contestants["dense"]()["logits"].shape[0] == 1
+    assert "deprecated" not in caplog.text
+
+
+def test_what_is_no_terminal_is_told_the_time_left_beside_a_long_name(tmp_path, monkeypatch, capsys):
+    def only_ticks(_todo, rounds, _ceilings, _device, tick):
+        for _ in range(rounds):
+            tick("x" * 99)
+        return []
+
+    monkeypatch.setattr(command, "run", only_ticks)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    cli.main(["bench", "decode", *TINY, "--rounds", "1000", "--json", str(tmp_path / "x.json")])
+    assert capsys.readouterr().err.rstrip().endswith("1000/1000 0:00:00")
 
 
 def test_suites_without_a_case_for_the_settings_are_said(tmp_path, capsys):
@@ -159,6 +181,17 @@ def test_a_wrong_result_is_a_failed_row_however_fast(tmp_path, monkeypatch, caps
     assert [line["contestant"] for line in lines if "failed: hyperkernels is wrong" in line["verdict"]] == [
         "hyperkernels"
     ]
+
+
+def test_errors_that_are_not_finite_are_saved_as_json_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(hk, "hyper_linear", lambda x, hidden, head, **_: x.new_full((len(x), 64), math.nan))
+    path = tmp_path / "wrong.json"
+    assert cli.main(["bench", "decode", *TINY, "--json", str(path)]) == 1
+    json.loads(path.read_text(), parse_constant=pytest.fail)
+    (row,) = results.load(path)["rows"]
+    assert row["failed"] == "hyperkernels is wrong: off by inf of the largest value"
+    assert row["errors"]["hyperkernels"] == {"max": math.inf, "rms": math.inf, "right": False}
+    assert cli.main(["report", str(path), "--output", str(tmp_path / "page.html")]) == 0
 
 
 def test_a_case_that_cannot_be_measured_has_its_line(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def bench(arguments: argparse.Namespace) -> int:
             found["machine"]["ceilings"] = there = ceilings(arguments.device, DTYPES[arguments.dtype])
 
             def tick(name: str) -> None:
-                progress.update(bar, advance=1, description=name[:60])
+                progress.update(bar, advance=1, description=name[:40])  # 80 columns hold the rest too
 
             for row in run(todo, rounds, there, arguments.device, tick):
                 found["rows"].append(row)

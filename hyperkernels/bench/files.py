@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -14,8 +15,17 @@ class ResultsError(ValueError):
 
 
 def save(path: Path, results: Any) -> None:
-    """Written beside the file and moved over it: what was there stays until all of the new is."""
-    write(path, (json.dumps(results, indent=1) + "\n").encode())
+    """Written beside the file and moved over it: what was there stays until all of the new is. JSON has no numbers that
+    are not finite: they are null."""
+    write(path, (json.dumps(_finite(results), indent=1, allow_nan=False) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_writable(path: Path) -> None:

@@ -113,7 +113,7 @@ def decode(layers: int = LAYERS, past: int = 256, **like: Any) -> Case:
     def after_prompt(model: Any) -> Callable[[], dict[str, Tensor]]:
         name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
         with torch.inference_mode():
-            cache = model(tokens[:, :-1], use_cache=True).past_key_values
+            cache = model(tokens[:, :-1], use_cache=True)[name]
 
         def run() -> dict[str, Tensor]:
             with torch.inference_mode():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from hyperkernels.bench.case import ENGINES, OURS
@@ -70,11 +71,14 @@ class Times(TypedDict):
     p80_ms: PositiveFloat
 
 
-class Deviation(TypedDict):
-    """Of a contestant's results, from fp64."""
+Off = Annotated[float, BeforeValidator(lambda value: inf if value is None else value)]
 
-    max: float
-    rms: float
+
+class Deviation(TypedDict):
+    """Of a contestant's results, from fp64; what is not finite is saved as null."""
+
+    max: Off
+    rms: Off
     right: bool
 
 
