@@ -110,7 +110,7 @@ def main() -> int:
     driver.set_active(idle)  # type: ignore[arg-type]
     triton_fused.interpreted = lambda: True  # the engine then takes tensors of the CPU
     wrong = 0
-    for name in ("decode 1, wide", "64 mapped contexts", "odd"):
+    for name in ("decode 1, wide", "256 contexts", "64 mapped contexts", "odd"):
         call: Call = SHAPES[name].call(torch.bfloat16)
         factors = {
             slot: torch.empty(call.shape(slot), dtype=call.dtype)
@@ -130,8 +130,10 @@ def main() -> int:
         launch.run()  # the sum of the splits too
         own = partial(launch.kernel[launch.grid], *launch.arguments, **launch.keywords)
         eager = partial(hk.hyper_linear, **arguments(call, factors), order="head_first", backend="triton")
+        recorded = partial(eager, x=factors["x"].requires_grad_())
         timed = {
-            "eager call": eager,
+            "eager call": torch.no_grad()(eager),
+            "recorded": recorded,
             "prepare": prepared,
             "kept launch": launch.launch,
             "Triton's own launch": own,

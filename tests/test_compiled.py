@@ -32,11 +32,15 @@ def test_a_kept_launch_hands_over_what_tritons_own_does():
     run("launching.py", "--calls", "10")
 
 
+def compiled(folder, *options):
+    path = folder / "table.json"
+    run("compiled.py", *options, "--output", str(path))
+    return json.loads(path.read_text())
+
+
 @pytest.mark.parametrize(("chip", "dtype"), CHOICES, ids=lambda choice: choice)
 def test_what_the_planner_picks_compiles(chip, dtype, tmp_path):
-    path = tmp_path / "table.json"
-    run("compiled.py", "--chip", chip, "--dtype", dtype, "--output", str(path))
-    table = json.loads(path.read_text())
+    table = compiled(tmp_path, "--chip", chip, "--dtype", dtype)
     assert len(table) == 56
     for row in table:
         assert row["spills"] == 0, row
@@ -46,3 +50,11 @@ def test_what_the_planner_picks_compiles(chip, dtype, tmp_path):
         if dtype != "float32":  # which tensor cores would round, unless torch is told that they may
             assert row["tensor_core"] > 0, row
             assert row["wide_tensor_core"] > 0 or row["shape"] not in WIDE, row
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_it_picks_for_shapes_of_any_kind_does_not_spill(dtype, tmp_path):
+    count = 30 if os.environ.get("ALL_CHIPS") else 4
+    table = compiled(tmp_path, "--chip", "sm_90", "--dtype", dtype, "--drawn", str(count))
+    assert len(table) == 4 * count
+    assert not [row for row in table if row["spills"]]

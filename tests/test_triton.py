@@ -23,6 +23,7 @@ from hyperkernels.form import canonical_form
 from hyperkernels.hidden import ACTIVATIONS
 from hyperkernels.kernels import tuning
 from hyperkernels.kernels.roles import roles_of, sizes_of
+from hyperkernels.kernels.spills import unspilled_tile
 from hyperkernels.kernels.tiles import CHIPS, Tile, chip_of, tile_for, work_of
 from hyperkernels.planner import Cost, plan_contraction
 from hyperkernels.testing import assert_no_worse_than_eager
@@ -88,7 +89,27 @@ def test_grids(order, grid):
 @pytest.mark.parametrize("contexts", CONTEXTS)
 @pytest.mark.parametrize("order", ORDERS)
 def test_many_tiles_and_splits(order, contexts, small_tiles):
-    check(make_problem(contexts, Grid(19, 23, 5, 11), 9, tokens=5), torch.float32, order)
+    dtype = torch.float16 if contexts.startswith("additive") else torch.float32
+    check(make_problem(contexts, Grid(19, 23, 5, 11), 9, tokens=5), dtype, order)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_context_per_sample(order, dtype):
+    check(make_problem("additive_per_entry", Grid(17, 14, 5, 4), 6, tokens=1, activation="relu"), dtype, order)
+
+
+def test_fp32_is_rounded_for_tensor_cores_only_where_torch_allows_it(monkeypatch):
+    from hyperkernels.kernels import launch
+
+    factors = {"x": torch.randn(1, 3, 8), "hidden": torch.randn(1, 2, 2, 4), "head": torch.randn(4, 3, 4)}
+    call = Call(Grid(6, 8, 3, 4), 4, 1, 1, 3)
+    for allowed in (False, True):
+        monkeypatch.setattr(launch, "tf32_allowed", lambda allowed=allowed: allowed)
+        found = launch.prepare(call, "head_first", "y", factors, None, CHIPS[9, 0])
+        assert found.keywords["PRECISION"] == ("tf32" if allowed else "ieee")
+        dense = torch.einsum("ijk,krq->irjq", factors["hidden"][0], factors["head"]).reshape(6, 8)
+        torch.testing.assert_close(found.run()["y"], factors["x"] @ dense.T, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("contexts", ["shared", "per_entry", "additive_per_entry"])
@@ -309,6 +330,28 @@ def test_tiles_fit(capability, shape):
                     assert work.shared_bytes(dtype.itemsize, tile.stages) <= chip.shared_bytes
                     assert 1 <= tile.splits <= work.splits
                     assert time_us > 0
+
+
+@pytest.mark.parametrize(
+    ("activation", "spills", "tried", "picked"),
+    [
+        ("", [0], 1, 0),
+        ("tanh", [8, 30, 0], 3, 2),
+        ("sin", [8], 1, 0),
+        ("", [9, 2, 5, 5, 5, 5, 5, 5, 5, 5], None, 1),
+    ],
+    ids=["the_first", "a_lighter", "what_sin_needs", "the_least"],
+)
+def test_a_tile_that_spills_gives_way(activation, spills, tried, picked):
+    sizes, chip = (
+        sizes_of(Call(Grid(4096, 4096, 16, 256), 32, 1, 1, 8192, device="cuda"), "head_first", "head"),
+        CHIPS[9, 0],
+    )
+    seen = []
+    found = unspilled_tile(sizes, chip, activation, lambda tile: seen.append(tile) or spills[len(seen) - 1])
+    assert seen[0] == tile_for(sizes, chip)[0]
+    assert found == seen[picked]
+    assert len(seen) == (tried or len(set(seen)))
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 
 from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call
@@ -20,6 +19,7 @@ from hyperkernels.kernels.generate import generate_rows, generate_sums
 from hyperkernels.kernels.operands import INTERPRETED, Factor, Features
 from hyperkernels.kernels.planes import sum_planes
 from hyperkernels.kernels.roles import Roles, roles_of, sizes_of
+from hyperkernels.kernels.spills import compiler_tells, unspilled_tile
 from hyperkernels.kernels.tiles import (
     Chip,
     Sizes,
@@ -33,9 +33,6 @@ from hyperkernels.kernels.windows import Gathered
 from hyperkernels.planner import workspace_bytes
 
 ALIGNED = 16  # bytes: what triton asks of an address
-# of the chip's registers and depth, what tiles may fill that are tried one after the other
-LIGHTER = ((1, 1), (1, 0.5), (0.85, 1), (0.85, 0.5), (0.85, 0.25), (0.7, 0.25), (0.55, 0.25), (0.4, 0.25))
-INDEXED = {"sin": 8}  # numbers that an activation keeps in memory whatever the tile: of large arguments' reduction
 MOST_KEPT = 256  # of a recipe: ways that tensors lay in memory
 PLANES, NUMBERS = 64, 64  # of a tile of `sum_planes`, of the first at most
 Kept = dict[tuple, Callable[..., Any]]
@@ -206,28 +203,6 @@ def recipe(
     )
 
 
-def settle(found: Recipe, chip: Chip, of_tile: Callable[[Tile], tuple[Recipe, Launch]]) -> Recipe:
-    """Of the model's tiles for the chip, and for chips of fewer registers and less depth, the first whose numbers the
-    compiler keeps in registers, as its versions differ in that; else the one that spills least. Tiles that should take
-    twice as long are not looked at, nor is what the interpreter runs or a CUDA graph captures."""
-    if INTERPRETED.value or tuning.capturing() or driver.active.get_current_target().backend != "cuda":  # type: ignore[union-attr]
-        return found
-    spills: dict[int, Recipe] = {}
-    most_us = 2 * tile_for(found.sizes, chip)[1]
-    for share, depth in LIGHTER:
-        lighter = chip._replace(registers=int(share * chip.registers), depth_bytes=int(depth * chip.depth_bytes))
-        tile, time_us = tile_for(found.sizes, lighter)
-        if time_us > most_us:
-            continue
-        candidate, launch = of_tile(tile)
-        spilled = launch.spilled() - INDEXED.get(found.keywords["ACTIVATION"], 0)
-        spills.setdefault(spilled, candidate)
-        if spilled <= 0:
-            break
-    found.settled.append(spills[min(spills)])
-    return found.settled[0]
-
-
 def prepare(
     call: Call,
     order: str,
@@ -254,12 +229,15 @@ def prepare(
         )
     found = recipe(call, order, out, gathered, chip, tf32, workspace_bytes(), tile)
     if tile is None:
-
-        def of_tile(tile: Tile) -> tuple[Recipe, Launch]:
-            launch = prepare(call, order, out, factors, mapped, chip, tile)
-            return recipe(call, order, out, gathered, chip, tf32, workspace_bytes(), tile), launch
-
-        found = found.settled[0] if found.settled else settle(found, chip, of_tile)
+        if not found.settled and not INTERPRETED.value and compiler_tells():
+            tile = unspilled_tile(
+                found.sizes,
+                chip,
+                call.activation,
+                lambda tile: prepare(call, order, out, factors, mapped, chip, tile).spilled(),
+            )
+            found.settled.append(recipe(call, order, out, gathered, chip, tf32, workspace_bytes(), tile))
+        found = found.settled[0] if found.settled else found
     splits = found.tile.splits
     result = factors[found.roles.f].new_empty(found.shape)
     sums = result.new_empty((splits, *found.shape), dtype=torch.float32) if splits > 1 else None
