@@ -28,8 +28,6 @@ CHUNKS = [(4, 64), (16, 64), (16, 16), (8, 256)]
 ROWS = (1, 8, 64, 512)
 SLOW_US = 50_000
 ROUNDS = 5
-
-
 BOUND = 10  # a constant is at most so many times what it was, and at least that part of it
 
 
