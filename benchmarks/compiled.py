@@ -24,7 +24,7 @@ from hyperkernels.bench.roofline import roofline
 from hyperkernels.call import ORDERS, OUTPUT, Call, Window
 from hyperkernels.chunking import Grid
 from hyperkernels.kernels.roles import sizes_of
-from hyperkernels.kernels.tiles import CHIPS, Chip, tile_for
+from hyperkernels.kernels.tiles import CHIPS, Chip, Tile, predicted_us, tile_for
 from hyperkernels.kernels.windows import linear_call, linear_factors
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -184,7 +184,9 @@ def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
     order = min(ORDERS, key=lambda order: tile_for(sizes_of(own, order, out, gathered), chip)[1])
     sizes = sizes_of(own, order, out, gathered)
     launch = launch_of(call, order, out, chip)
-    settled = launch.keywords  # whose tile is the model's first, or the first that does not spill
+    settled = launch.keywords
+    BT, BS, BK, BO, BN, BD = (settled.get(block, 1) for block in ("BT", "BS", "BK", "BO", "BN", "BD"))
+    tile = Tile(BT, BS, BK, BO, BN, BD, settled["SPLITS"], settled["num_warps"], settled["num_stages"])
     nvidia = target.gpu.backend == "cuda"
     keywords = {name: value for name, value in launch.keywords.items() if nvidia or name != "maxnreg"}
     kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **keywords)
@@ -201,10 +203,10 @@ def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
         "output": OUTPUT[out],
         "order": order,
         "kernel": sizes.kernel,
-        "tile": [settled.get(block, 1) for block in ("BT", "BS", "BK", "BO", "BN", "BD")],
-        "splits": settled["SPLITS"],
-        "warps": settled["num_warps"],
-        "stages": settled["num_stages"],
+        "tile": [tile.BT, tile.BS, tile.BK, tile.BO, tile.BN, tile.BD],
+        "splits": tile.splits,
+        "warps": tile.warps,
+        "stages": tile.stages,
         "registers": machine.registers,
         "stack_bytes": machine.stack_bytes,
         "shared_bytes": kernel.metadata.shared,
@@ -215,7 +217,7 @@ def compiled(name: str, call: Call, out: str, target: Target) -> dict[str, Any]:
         "bytes_moved": roof.bytes_moved,
         "roofline_us": roof.time_us,
         "bound": roof.bound,
-        "predicted_us": tile_for(sizes, chip)[1],
+        "predicted_us": predicted_us(sizes, tile, chip),
     }
 
 

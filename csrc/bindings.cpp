@@ -144,8 +144,8 @@ PYBIND11_MODULE(_cpu, module) {
     py::class_<Step>(module, "Step")
         .def(py::init(&step), py::kw_only(), py::arg("extent"), py::arg("block"), py::arg("out_features"),
              py::arg("in_features"), py::arg("contexts"), py::arg("rows_per_context"), py::arg("per_chunk_heads"),
-             py::arg("head_bias"), py::arg("activation"), py::arg("storage"), py::arg("forms"), py::arg("outputs"), py::arg("split"),
-             py::arg("aligned"), py::arg("threads"), py::arg("prepare_bytes"), py::arg("isa"))
+             py::arg("head_bias"), py::arg("activation"), py::arg("storage"), py::arg("forms"), py::arg("outputs"),
+             py::arg("split"), py::arg("aligned"), py::arg("threads"), py::arg("prepare_bytes"), py::arg("isa"))
         .def("block_bytes", &Step::block_bytes)
         .def("workspace_bytes",
              [](const Step& step, int64_t count, int64_t contexts, int64_t tokens) {

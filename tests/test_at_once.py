@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_problem
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hyperkernels as hk
 from hyperkernels import at_once, form
@@ -62,10 +63,10 @@ def test_the_second_call_is_the_first(isa, shape, dtype, straight, monkeypatch):
     exact = call([v.double() for v in tensors], N, backend="reference")
     eager = call(tensors, N, backend="reference")
     monkeypatch.setattr(form, "_checked", {})
-    for _ in range(2):
-        assert not straight
-        assert_no_worse_than_eager("y", call(tensors, N, order="head_first"), eager, exact)
-    assert len(straight) == 1
+    found = [call(tensors, N, order="head_first") for _ in range(2)]
+    assert len(straight) == 2
+    assert torch.equal(*found)
+    assert_no_worse_than_eager("y", found[0], eager, exact)
     without = call([*tensors[:3], None], N, order="head_first")
     assert torch.equal(without + tensors[3], call(tensors, N, order="head_first"))
 
@@ -78,7 +79,7 @@ def test_the_second_call_begins_at_what_the_heads_bias_makes(isa, dtype, order, 
     """Whatever label the threads divide, over the edges of chunks and blocks."""
     monkeypatch.setattr(native_cpu, "INSTRUCTIONS", isa)
     before = torch.get_num_threads()
-    shapes = (Grid(38, 53, 5, 11), 7, 4), (Grid(48, 600, 16, 300), 40, 30), (Grid(600, 40, 300, 8), 3, 1)
+    shapes = (Grid(38, 53, 5, 11), 7, 900), (Grid(48, 600, 16, 300), 40, 300), (Grid(600, 40, 300, 8), 33, 200)
     for grid, width, tokens in shapes:
         problem = make_problem(contexts, grid, width, tokens=tokens, head_bias=True)
         given = problem.to(dtype)
@@ -92,9 +93,31 @@ def test_the_second_call_begins_at_what_the_heads_bias_makes(isa, dtype, order, 
                     found = [problem.call(*given, order=order, backend="cpu") for _ in range(2)]
                 finally:
                     torch.set_num_threads(before)
-                assert straight
-                for y in found:
-                    assert_no_worse_than_eager("y", y, eager, exact)
+                assert len(straight) == 2
+                assert torch.equal(*found)
+                assert_no_worse_than_eager("y", found[0], eager, exact)
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (3, 48)], ids=str)
+def test_both_biases_are_added(shape, straight):
+    x, hidden = torch.randn(3, 5, 30), torch.randn(3, 4, 5, 6)[: 3 if shape[0] == 3 else 1]
+    given = {"bias": torch.randn(shape), "head_bias": torch.randn(12, 6), "order": "generate"}
+    found, wanted = (
+        hk.hyper_linear(x, hidden, torch.ones(6, 12, 6), **given, backend=backend) for backend in ("cpu", "reference")
+    )
+    assert len(straight) == 1
+    assert torch.allclose(found, wanted, atol=1e-4)
+    low = [v.bfloat16() for v in (x, hidden)]
+    given = {name: v.bfloat16() for name, v in given.items() if name != "order"}
+    assert torch.allclose(hk.hyper_linear(*low, torch.ones(6, 12, 6).bfloat16(), **given).float(), wanted, atol=0.5)
+    assert len(straight) == 1
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+def test_sizes_that_are_symbols_go_the_usual_way(rows):
+    tensors, N = problem(rows, 64, 48, (4, 16), 8)
+    traced = make_fx(lambda *given: call(given, N), tracing_mode="symbolic")(*tensors)
+    assert torch.allclose(traced(*tensors), call(tensors, N), atol=1e-5)
 
 
 def test_threads_do_not_change_a_bit(straight):
@@ -149,6 +172,9 @@ def test_what_is_wrong_is_refused_again(straight):
         call(tensors, N, order="sideways")
     with pytest.raises(TypeError, match="x"):
         call([[1.0], hidden, head, bias], N)
+    for name in ("bias", "head_bias"):
+        with pytest.raises(TypeError, match=f"{name}: got"):
+            hk.hyper_linear(x, hidden, head, out_features=N, **{name: [1.0]})
 
 
 @pytest.mark.parametrize("wanted", [("hidden", "y"), ("head", "x", "y"), ("y", "hidden")], ids=str)

@@ -16,15 +16,16 @@ from conftest import CONTEXTS, CUDA, gradients, make_problem
 
 import hyperkernels as hk
 from hyperkernels import at_once, functional
-from hyperkernels.backends import _plan, plan_call, torch_matmul, triton_fused
-from hyperkernels.call import ORDERS, SLOTS, Call
+from hyperkernels.backends import BACKENDS, _plan, plan_call, torch_matmul, triton_fused
+from hyperkernels.call import ORDERS, SLOTS, Call, Window
 from hyperkernels.chunking import Grid
 from hyperkernels.form import canonical_form
 from hyperkernels.hidden import ACTIVATIONS
 from hyperkernels.kernels import tuning
 from hyperkernels.kernels.roles import roles_of, sizes_of
 from hyperkernels.kernels.spills import unspilled_tile
-from hyperkernels.kernels.tiles import CHIPS, Tile, chip_of, tile_for, work_of
+from hyperkernels.kernels.tiles import CHIPS, NoTile, Tile, chip_of, context_planes, tile_for, work_of
+from hyperkernels.kernels.windows import linear_call
 from hyperkernels.planner import Cost, plan_contraction
 from hyperkernels.testing import assert_no_worse_than_eager
 
@@ -38,6 +39,7 @@ GRIDS = {"cropped": Grid(17, 14, 5, 4), "one_row": Grid(6, 20, 1, 20), "wide": G
 def _interpreted(monkeypatch):
     """The kernels, and never the plain products that may be expected to be faster."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(at_once, "_found", {})
     too_slow(monkeypatch, "products")
     yield
     _plan.cache_clear()
@@ -132,7 +134,6 @@ def test_tensors_that_lie_as_others_did_are_put_in_their_place(order, contexts, 
 def test_a_call_asked_for_again_goes_straight_to_the_kernel(shape, bias, monkeypatch):
     hidden, head = torch.randn(4, 3, 5), torch.randn(5, 6, 11)
     own = {"bias": torch.randn(23) if bias == "bias" else None, "out_features": 23}
-    monkeypatch.setattr(at_once, "_found", {})
     canonical, counts = canonical_form, []
     monkeypatch.setattr(functional, "canonical_form", lambda *given: counts.append(1) or canonical(*given))
     for _ in range(3):
@@ -151,13 +152,18 @@ def test_a_call_asked_for_again_goes_straight_to_the_kernel(shape, bias, monkeyp
     )
 
 
-def test_a_call_of_a_context_per_entry_asked_for_again():
+def test_a_call_of_a_context_per_entry_asked_for_again(monkeypatch):
+    run, counts = triton_fused.again, []
+    monkeypatch.setitem(
+        BACKENDS, "triton", BACKENDS["triton"]._replace(again=lambda *given: counts.append(1) or run(*given))
+    )
     x, hidden, head, bias = torch.randn(3, 2, 31), torch.randn(3, 4, 3, 5), torch.randn(5, 6, 11), torch.randn(3, 24)
     for _ in range(3):
         found = hk.hyper_linear(x, hidden, head, bias=bias, backend="triton")
         torch.testing.assert_close(
             found, hk.hyper_linear(x, hidden, head, bias=bias, backend="reference"), atol=1e-4, rtol=1e-4
         )
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -347,11 +353,27 @@ def test_a_tile_that_spills_gives_way(activation, spills, tried, picked):
         sizes_of(Call(Grid(4096, 4096, 16, 256), 32, 1, 1, 8192, device="cuda"), "head_first", "head"),
         CHIPS[9, 0],
     )
-    seen = []
+    seen: list[Tile] = []
     found = unspilled_tile(sizes, chip, activation, lambda tile: seen.append(tile) or spills[len(seen) - 1])
     assert seen[0] == tile_for(sizes, chip)[0]
     assert found == seen[picked]
     assert len(seen) == (tried or len(set(seen)))
+
+
+def test_a_lighter_tile_is_only_one_that_there_is_and_has_the_room():
+    images = Window((3, 3), (1, 1), (1, 1), (1, 1), (14, 14))
+    call = linear_call(Call(Grid(64, 64, 4, 64), 16, 4, 4, 1, activation="tanh", device="cuda", window=images), "y")
+    for chip in CHIPS.values():
+        sizes = sizes_of(call, "head_first", "y", True)
+        assert unspilled_tile(sizes, chip, "tanh", lambda _tile: 2) == tile_for(sizes, chip)[0]
+    call = Call(Grid(4096, 4096, 4, 64), 64, 512, 512, 1, activation="tanh", dtype=torch.bfloat16, device="cuda")
+    sizes, chip = sizes_of(call, "generate", "hidden"), CHIPS[9, 0]
+    seen = []
+    unspilled_tile(sizes, chip, "tanh", lambda tile: seen.append(tile) or 2)
+    first, *others = (context_planes(sizes, tile, tile.splits) for tile in seen)
+    assert all(planes <= max(first, sizes.context_planes) for planes in others)
+    with pytest.raises(NoTile, match="no tile fits"):
+        tile_for(sizes_of(Call(Grid(1 << 25, 64, 1, 64), 8, 1, 1, 8, device="cuda"), "head_first", "y"), chip)
 
 
 @pytest.fixture

@@ -57,9 +57,11 @@ void Worker::make_starts() const {
         for (int64_t feature = 0; feature < shape().in_features; feature += cols)
             kernels().add[0](x + feature * bytes, std::min(cols, shape().in_features - feature), summed);
         const int64_t apart[] = {1, 0};
-        for (int64_t r = 0; r < all; r += dot_rows)
-            kernels().dots[std::min(dot_rows, all - r) - 1][0](
-                cols, {arguments_.head_bias + r * cols * bytes, cols}, {summed, 0}, starts + (row * all + r) * bytes, apart);
+        for (int64_t r = 0; r < all; r += dot_rows) {
+            auto dots = kernels().dots[std::min(dot_rows, all - r) - 1][0];
+            Lines biases{arguments_.head_bias + r * cols * bytes, cols};
+            dots(cols, biases, {summed, 0}, starts + (row * all + r) * bytes, apart);
+        }
     }
 }
 

@@ -14,7 +14,7 @@ from hyperkernels.call import Call, check_order
 from hyperkernels.planner import Estimate, Plan, plan_contraction, workspace_bytes
 
 Contract = Callable[[Call, Plan, dict[str, Tensor], Tensor | None], Sequence[Tensor]]
-Again = Callable[[dict[str, Tensor], Tensor | None, Tensor | None], Tensor | None]
+Straight = Callable[[dict[str, Tensor], Tensor | None, Tensor | None], Tensor | None]
 
 
 class Backend(NamedTuple):
@@ -30,7 +30,7 @@ class Backend(NamedTuple):
     contract: Contract | None
     estimate: Estimate
     shares: bool = True
-    again: Callable[[Call, Plan, bool], Again | None] = lambda _call, _plan, _head_bias: None
+    again: Callable[[Call, Plan, bool], Straight | None] = lambda _call, _plan, _head_bias: None
 
 
 BACKENDS: dict[str, Backend] = {

@@ -36,6 +36,8 @@ else:
     FewRows: Any = _cpu.FewRows
     INSTRUCTIONS = _cpu.instruction_sets()[0]
 
+View = tuple[int, tuple[int, ...]]  # where a tensor lies, and its strides
+ABSENT: View = (0, ())
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 VECTORS_PER_US = 3500  # multiplications of a vector by one thread
 CALL_US, FEW_CALL_US = 15, 2  # of a step, and of FewRows
@@ -87,8 +89,7 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
     shapes, todo = found
     like = next(iter(factors.values()))
     results = [like.new_empty(shape) for shape in shapes]
-    views: dict[str, tuple[int, tuple[int, ...]]] = {}
-    absent = (0, ())
+    views: dict[str, View] = {}
     for native, fills, needed in todo:
         memory = workspace(needed)
         if isinstance(native, FewRows):
@@ -96,17 +97,30 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
             native.run(*read, 0, results[fills[0]].data_ptr(), call.entries * call.tokens, memory.data_ptr())
             continue
         views = views or {name: (value.data_ptr(), value.stride()) for name, value in factors.items()}
-        native.run(
-            [views.get(slot, absent) for slot in SLOTS],
-            views.get("chunks", absent),
-            [results[n].data_ptr() for n in fills],
-            *_rows(call),
-            0 if entries is None else entries.data_ptr(),
-            0 if starts is None else starts.data_ptr(),
-            memory.data_ptr(),
-            0,
-        )
+        _fused(native, views, [results[n] for n in fills], _rows(call), memory, entries, starts)
     return results
+
+
+def _fused(
+    native: Any,
+    views: dict[str, View],
+    results: list[Tensor],
+    rows: tuple[int, int, int],
+    memory: Tensor,
+    *others: Tensor | None,
+) -> None:
+    """`others`: entries, starts and the head's bias, where there are some."""
+    entries, starts, head_bias = [0 if v is None else v.data_ptr() for v in (*others, None, None, None)[:3]]
+    native.run(
+        [views.get(slot, ABSENT) for slot in SLOTS],
+        views.get("chunks", ABSENT),
+        [result.data_ptr() for result in results],
+        *rows,
+        entries,
+        starts,
+        memory.data_ptr(),
+        head_bias,
+    )
 
 
 class Again:
@@ -119,15 +133,17 @@ class Again:
 
     @classmethod
     def of(cls, call: Call, plan: Plan, head_bias: bool) -> Again | None:
-        """None of rows that are mapped, and where the bias is none that the engine can add."""
-        if call.mapped or (head_bias and call.dtype == torch.bfloat16):
-            return None
+        """None where the head has a bias that the engine does not add: in bf16, of few rows, without room for it."""
         run = runs(call, plan.wanted, plan.steps, True, True, *_settings())[1][0]
         if head_bias:
-            ((order, forms, *_),), settings = plan.steps, _settings()
-            native = _native(call, order, forms, ("y",), True, *settings, True)
+            if call.dtype == torch.bfloat16 or isinstance(run.native, FewRows):
+                return None
+            (step,) = plan.steps
+            native = _native(call, step.order, step.forms, step.outputs, True, *_settings(), head_bias=True)
             run = Run(native, (), native.workspace_bytes(*_rows(call)))
-        return cls(run, call) if run.workspace_bytes <= workspace_bytes() or not head_bias else None
+            if run.workspace_bytes > workspace_bytes():
+                return None
+        return cls(run, call)
 
     def __call__(self, factors: dict[str, Tensor], bias: Tensor | None, head_bias: Tensor | None) -> Tensor | None:
         for value in (*factors.values(), bias, head_bias):
@@ -142,17 +158,7 @@ class Again:
             self.native.run(*read, added, y.data_ptr(), self.rows[0], memory.data_ptr())
             return y
         views = {name: (value.data_ptr(), self.strides[name]) for name, value in factors.items()}
-        absent = (0, ())
-        self.native.run(
-            [views.get(slot, absent) for slot in SLOTS],
-            views.get("chunks", absent),
-            [y.data_ptr()],
-            *self.rows,
-            0,
-            0,
-            memory.data_ptr(),
-            0 if head_bias is None else head_bias.data_ptr(),
-        )
+        _fused(self.native, views, [y], self.rows, memory, None, None, head_bias)
         if bias is None:
             return y
         y.view(self.rows[1], -1, self.features).add_(bias if bias.dim() == 1 else bias[:, None])

@@ -21,7 +21,7 @@ from hyperkernels.backends import torch_blocks, torch_matmul
 from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call, result_names
 from hyperkernels.kernels.roles import sizes_of
-from hyperkernels.kernels.tiles import LAUNCH_US, Chip, TooMany, chip_of, context_planes, tile_for
+from hyperkernels.kernels.tiles import LAUNCH_US, Chip, NoTile, chip_of, context_planes, tile_for
 from hyperkernels.kernels.windows import copied, from_rows, linear_call, linear_factors
 from hyperkernels.planner import Cost, Plan, Step
 
@@ -94,7 +94,7 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
 def again(call: Call, plan: Plan, head_bias: bool) -> Callable[..., Tensor | None] | None:
     """y by one kernel, of one context or one per entry."""
     (step,) = plan.steps
-    if head_bias or call.mapped or step.cost.by == TWO_PRODUCTS:
+    if head_bias or step.cost.by == TWO_PRODUCTS:
         return None
     prepare: Any = import_module("hyperkernels.kernels.launch").prepare
     rows = call.entries, call.tokens, call.grid.in_features
@@ -130,7 +130,7 @@ def fused(call: Call, step: Step) -> Cost:
         sizes = sizes_of(own, step.order, slot, call.window is not None)
         try:
             tile, time_us = tile_for(sizes, chip)
-        except TooMany:
+        except NoTile:
             return Cost(inf, 0, FUSED)
         total_us += time_us
         if copies:

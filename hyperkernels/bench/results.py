@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from hyperkernels.bench.case import ENGINES, OURS
 from hyperkernels.bench.files import ResultsError, write
-from hyperkernels.bench.measure import UNSTEADY
+from hyperkernels.bench.measure import UNSTEADY, Quantiles
 
 FORMAT = 2
 TERMS = {
@@ -163,7 +163,7 @@ def faster(factor: float | None) -> str:
 
 def unsteady(row: Row) -> str:
     """In words, whose times were so far apart that something else must have run; nothing where they were not."""
-    names = [name for name, times in row["times"].items() if times["p80_ms"] > UNSTEADY * times["p20_ms"]]
+    names = [name for name, times in row["times"].items() if not Quantiles(**times).steady]
     if not names:
         return ""
     return f"unsteady: {', '.join(names)}: p80 is over {UNSTEADY} times p20. {BUSY}"
@@ -171,9 +171,9 @@ def unsteady(row: Row) -> str:
 
 def unsteady_ceilings(machine: Machine) -> str:
     """In words, that the machine was disturbed while its ceilings were measured; nothing where it was not."""
-    return f"the ceilings are unsteady, and so is every share of the roof. {BUSY}" * machine["ceilings"].get(
-        "unsteady", 0
-    )
+    if not machine["ceilings"].get("unsteady"):
+        return ""
+    return f"the ceilings are unsteady, and so is every share of the roof. {BUSY}"
 
 
 def save_csv(path: Path, results: Results) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import prod
+from math import inf, prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from hyperkernels.backends.mapped import Mapped
 from hyperkernels.call import Call
@@ -62,10 +63,14 @@ class Launch(NamedTuple):
     sums: Tensor | None
     contexts: Tensor | None = None
 
-    def spilled(self) -> int:
-        """Numbers of a thread that the compiler keeps in memory, for want of registers."""
+    def spilled(self) -> float:
+        """Numbers of a thread that the compiler keeps in memory, for want of registers; infinite where the chip has no
+        room for the kernel."""
         compiled = self.kernel.warmup(*self.arguments, grid=self.grid, **self.keywords)
-        compiled._init_handles()  # loads it: nobody else says
+        try:
+            compiled._init_handles()  # loads it: nobody else says
+        except OutOfResources:
+            return inf
         return compiled.n_spills
 
     def launch(self) -> None:
@@ -100,9 +105,9 @@ def launch_kept(
 ) -> None:
     """Triton looks at each argument to find the compiled kernel, which costs more than the rest of a launch: what was
     found is kept by the key."""
-    again = kept.get(key)
-    if again is not None:
-        return again(*arguments)
+    launched = kept.get(key)
+    if launched is not None:
+        return launched(*arguments)
     compiled = kernel[grid](*arguments, **keywords)
     if compiled is not None:  # the interpreter gives None
         if len(kept) >= MOST_KEPT:

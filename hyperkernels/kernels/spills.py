@@ -7,7 +7,7 @@ from collections.abc import Callable
 from triton.runtime import driver
 
 from hyperkernels.kernels import tuning
-from hyperkernels.kernels.tiles import Chip, Sizes, Tile, tile_for
+from hyperkernels.kernels.tiles import Chip, NoTile, Sizes, Tile, context_planes, tile_for
 
 LIGHTER = (  # shares of the chip's registers, and of its depth, that the model may fill; one after the other
     *((1, 1), (1, 0.5), (0.85, 1), (0.85, 0.5), (0.85, 0.25)),
@@ -23,15 +23,20 @@ def compiler_tells() -> bool:
     return target is not None and target.backend == "cuda" and not tuning.capturing()
 
 
-def unspilled_tile(sizes: Sizes, chip: Chip, activation: str, spilled: Callable[[Tile], int]) -> Tile:
+def unspilled_tile(sizes: Sizes, chip: Chip, activation: str, spilled: Callable[[Tile], float]) -> Tile:
     """Of the model's tiles for the chip, and for less of it, the first of which no number of a thread is `spilled`,
     else the one that spills least."""
-    found: dict[int, Tile] = {}
-    most_us = SLOWER * tile_for(sizes, chip)[1]
+    found: dict[float, Tile] = {}
+    first, first_us = tile_for(sizes, chip)
+    room = max(sizes.context_planes, context_planes(sizes, first, first.splits))
     for registers, depth in LIGHTER:
         lighter = chip._replace(registers=int(registers * chip.registers), depth_bytes=int(depth * chip.depth_bytes))
-        tile, time_us = tile_for(sizes, lighter)
-        if time_us <= most_us and tile not in found.values():
+        try:
+            tile, time_us = tile_for(sizes, lighter)
+        except NoTile:
+            break
+        roomy = context_planes(sizes, tile, tile.splits) <= room
+        if roomy and time_us <= SLOWER * first_us and tile not in found.values():
             found.setdefault(spilled(tile), tile)
         if min(found) <= INDEXED.get(activation, 0):
             break

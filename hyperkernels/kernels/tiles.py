@@ -1,7 +1,8 @@
 """Which tile a kernel runs with: the cheapest of those that fit the chip, by a model of what one program does.
 
-No timing, at run time or before, but where `tuning` is asked for. What a tile must fit (registers, shared memory) and
-what it costs (products, bytes from the cache, waves of programs) follow from the shape; the constants are the chip's.
+No timing, at run time or before, but where `tuning` is asked for; what a compiler spills gives way (`spills`). What a
+tile must fit (registers, shared memory) and what it costs (products, bytes from the cache, waves of programs) follow
+from the shape; the constants are the chip's.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class Tile:
     stages: int = 1
 
 
-class TooMany(ValueError):
-    """No tile is large enough for a launch to cover a result."""
+class NoTile(ValueError):
+    """None fits the chip, and is large enough for a launch to cover a result."""
 
 
 class Work(NamedTuple):
@@ -239,16 +240,24 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[tuple[Tile, Work]]:
 def tile_for(sizes: Sizes, chip: Chip) -> tuple[Tile, float]:
     """The tile that the model thinks fastest, with as many programs to a sum as it takes to give every multiprocessor
     one; and the time that it expects, in us. Sizes of one `bucket` share a tile."""
-    tiles = leading_tiles(sizes, chip)
-    if not tiles:
-        raise TooMany(f"backend: 'triton' cannot do this call: {sizes.N} and {sizes.O} are too many for one launch")
-    tile = splits_within(sizes, tiles[0])
-    return tile, _time_us(work_of(sizes, tile), sizes.itemsize, tile.splits, chip)
+    tile = splits_within(sizes, leading_tiles(sizes, chip)[0])
+    return tile, predicted_us(sizes, tile, chip)
+
+
+def predicted_us(sizes: Sizes, tile: Tile, chip: Chip) -> float:
+    return _time_us(work_of(sizes, tile), sizes.itemsize, tile.splits, chip)
 
 
 def leading_tiles(sizes: Sizes, chip: Chip) -> tuple[Tile, ...]:
-    """The few that the model thinks fastest, best first."""
-    return _leading(bucket(sizes), chip)
+    """The few that the model thinks fastest, best first.
+
+    Raises:
+        NoTile: there is none.
+    """
+    found = _leading(bucket(sizes), chip)
+    if not found:
+        raise NoTile(f"backend: 'triton' cannot do this call: no tile fits the chip and covers {sizes.N} x {sizes.O}")
+    return found
 
 
 def splits_within(sizes: Sizes, tile: Tile) -> Tile:

@@ -22,9 +22,9 @@ _kept: dict[str, list] = {}
 def set_tuning(folder: str | Path | None) -> None:
     """Let the Triton engine time a few tiles the first time that it meets a shape, and keep the fastest in `folder`.
 
-    Without (None, as it is to begin with) tiles follow from the shape and the chip alone, and nothing is timed. Shapes
-    whose numbers of rows and contexts fall below the same powers of two share a tile. Nothing is timed while a CUDA
-    graph is captured: a shape that is new then goes by the model.
+    Without (None, as it is to begin with) tiles follow from the shape, the chip and what the compiler spills, and
+    nothing is timed. Shapes whose numbers of rows and contexts fall below the same powers of two share a tile. Nothing
+    is timed, or seen to spill, while a CUDA graph is captured: a shape that is new then goes by the model.
 
     Args:
         folder: where `tiles.json` is kept, made if it is not there; None to go by the model again.
