@@ -183,6 +183,13 @@ def running_with(threads: int, mib: int):
         hk.set_workspace_mib(64)
 
 
+@pytest.fixture(scope="module")
+def known_ceilings():
+    """Measured for real in one test alone: it takes seconds."""
+    with patch.object(import_module("hyperkernels.bench.command"), "ceilings", lambda *_: CEILINGS):
+        yield
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     """What is saved about the machine beside the figures, and nothing that names it."""

@@ -97,7 +97,7 @@ def contract(call: Call, plan: Plan, factors: dict[str, Tensor], context_ids: Te
             native.run(*read, 0, results[fills[0]].data_ptr(), call.entries * call.tokens, memory.data_ptr())
             continue
         views = views or {name: (value.data_ptr(), value.stride()) for name, value in factors.items()}
-        _fused(native, views, [results[n] for n in fills], _rows(call), memory, entries, starts)
+        _fused(native, views, [results[n] for n in fills], _rows(call), memory, entries=entries, starts=starts)
     return results
 
 
@@ -107,19 +107,20 @@ def _fused(
     results: list[Tensor],
     rows: tuple[int, int, int],
     memory: Tensor,
-    *others: Tensor | None,
+    *,
+    entries: Tensor | None = None,
+    starts: Tensor | None = None,
+    head_bias: Tensor | None = None,
 ) -> None:
-    """`others`: entries, starts and the head's bias, where there are some."""
-    entries, starts, head_bias = [0 if v is None else v.data_ptr() for v in (*others, None, None, None)[:3]]
     native.run(
         [views.get(slot, ABSENT) for slot in SLOTS],
         views.get("chunks", ABSENT),
         [result.data_ptr() for result in results],
         *rows,
-        entries,
-        starts,
+        0 if entries is None else entries.data_ptr(),
+        0 if starts is None else starts.data_ptr(),
         memory.data_ptr(),
-        head_bias,
+        0 if head_bias is None else head_bias.data_ptr(),
     )
 
 
@@ -158,7 +159,7 @@ class Again:
             self.native.run(*read, added, y.data_ptr(), self.rows[0], memory.data_ptr())
             return y
         views = {name: (value.data_ptr(), self.strides[name]) for name, value in factors.items()}
-        _fused(self.native, views, [y], self.rows, memory, None, None, head_bias)
+        _fused(self.native, views, [y], self.rows, memory, head_bias=head_bias)
         if bias is None:
             return y
         y.view(self.rows[1], -1, self.features).add_(bias if bias.dim() == 1 else bias[:, None])

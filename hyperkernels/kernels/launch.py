@@ -21,14 +21,7 @@ from hyperkernels.kernels.operands import INTERPRETED, Factor, Features
 from hyperkernels.kernels.planes import sum_planes
 from hyperkernels.kernels.roles import Roles, roles_of, sizes_of
 from hyperkernels.kernels.spills import compiler_tells, unspilled_tile
-from hyperkernels.kernels.tiles import (
-    Chip,
-    Sizes,
-    Tile,
-    context_planes,
-    power_of_two,
-    tile_for,
-)
+from hyperkernels.kernels.tiles import Chip, Sizes, Tile, context_planes, power_of_two, tile_for
 from hyperkernels.kernels.views import FactorView, FeatureView, batch_of
 from hyperkernels.kernels.windows import Gathered
 from hyperkernels.planner import workspace_bytes
