@@ -46,11 +46,10 @@ void Worker::pull_back(const Ranges& ranges, int64_t context) {
 }
 
 // What the head's bias makes of a row, the same for every row of chunks: sum_{j,q} bias[r,q] x[j*cols+q].
-void Worker::make_starts() const {
-    int64_t bytes = kernels().sum_bytes, cols = shape().extent[Q], all = shape().extent[R];
-    char* summed = starts_ + thread_ * step_.row_of_chunk_bytes();
-    char* starts = starts_ + step_.threads_ * step_.row_of_chunk_bytes();
-    Range mine = share(arguments_.rows.count, thread_, step_.threads_);
+void Worker::apply_bias() const {
+    int64_t bytes = kernels().sum_bytes, cols = shape().extent[Q], all = shape().extent[R], rows = arguments_.rows.count;
+    char* summed = of_bias_ + (rows * all + thread_ * cols) * bytes;
+    Range mine = share(rows, thread_, step_.threads_);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
         const char* x = arguments_.factors[X].data + row * shape().in_features * bytes;
         memset(summed, 0, cols * bytes);
@@ -60,23 +59,22 @@ void Worker::make_starts() const {
         for (int64_t r = 0; r < all; r += dot_rows) {
             auto dots = kernels().dots[std::min(dot_rows, all - r) - 1][0];
             Lines biases{arguments_.head_bias + r * cols * bytes, cols};
-            dots(cols, biases, {summed, 0}, starts + (row * all + r) * bytes, apart);
+            dots(cols, biases, {summed, 0}, of_bias_ + (row * all + r) * bytes, apart);
         }
     }
 }
 
 template <class Sum>
-void Worker::start_sums() const {
-    const char* starts = starts_ + step_.threads_ * step_.row_of_chunk_bytes();
+void Worker::begin_at_bias() const {
     const Range &t = summed_[T], &i = summed_[I], &r = summed_[R];
     bool turned = sums_.stride[I] == 1;
     for (int64_t row = t.begin; row < t.end; ++row) {
-        const Sum* start = reinterpret_cast<const Sum*>(starts) + row * shape().extent[R] + r.begin;
+        const Sum* begin = reinterpret_cast<const Sum*>(of_bias_) + row * shape().extent[R] + r.begin;
         Sum* sums = reinterpret_cast<Sum*>(sums_base_) + (row - t.begin) * i.size() * r.size();
         if (turned)
-            for (int64_t n = 0; n < r.size(); ++n, sums += i.size()) std::fill_n(sums, i.size(), start[n]);
+            for (int64_t n = 0; n < r.size(); ++n, sums += i.size()) std::fill_n(sums, i.size(), begin[n]);
         else
-            for (int64_t n = 0; n < i.size(); ++n, sums += r.size()) std::copy_n(start, r.size(), sums);
+            for (int64_t n = 0; n < i.size(); ++n, sums += r.size()) std::copy_n(begin, r.size(), sums);
     }
 }
 
@@ -97,8 +95,8 @@ void Worker::begin_sums(const Product& product, const Ranges& ranges) {
     bool first = true;  // of the blocks that add to them
     for (int l = 0; l < label_count; ++l) first = first && (l == T || has(labels, l) || !ranges[l].begin);
     if (!shape().head_bias || !first) memset(sums_base_, 0, bytes);
-    else if (bytes_of(shape().storage) == 8) start_sums<double>();
-    else start_sums<float>();
+    else if (bytes_of(shape().storage) == 8) begin_at_bias<double>();
+    else begin_at_bias<float>();
 }
 
 void Worker::end_sums() {

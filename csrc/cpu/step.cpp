@@ -272,7 +272,7 @@ size_t Step::block_bytes() const { return aligned_up(prepared_bytes_) + threads_
 size_t Step::workspace_bytes(const Rows& rows) const {
     size_t end;
     outputs(rows, &end);
-    if (shape_.head_bias) end += threads_ * row_of_chunk_bytes() + rows.count * starts_bytes();
+    if (shape_.head_bias) end += bias_bytes(rows.count);
     return end + cache_line;  // to align its beginning
 }
 

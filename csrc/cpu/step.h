@@ -153,9 +153,10 @@ class Step {
         return slot == HIDDEN && shape_.activation != Activation::none && shape_.contexts > 1;
     }
     std::vector<Output> outputs(const Rows& rows, size_t* end) const;
-    // What the head's bias makes of each row, and a thread's line to sum a row's chunks in: bytes.
-    size_t starts_bytes() const { return shape_.extent[R] * kernels_->sum_bytes; }
-    size_t row_of_chunk_bytes() const { return aligned_up(shape_.extent[Q] * kernels_->sum_bytes); }
+    // What the head's bias makes of the rows, and for each thread the sum of a row's chunks.
+    size_t bias_bytes(int64_t rows) const {
+        return (rows * shape_.extent[R] + threads_ * shape_.extent[Q]) * kernels_->sum_bytes;
+    }
 
     Shape shape_;
     Labels formed_ = 0;

@@ -7,8 +7,8 @@
 namespace hk {
 
 Worker::Worker(const Step& step, const Arguments& arguments, const std::vector<Output>& outputs, char* workspace,
-               char* starts, int thread)
-    : step_(step), arguments_(arguments), outputs_(outputs), workspace_(workspace), starts_(starts), thread_(thread),
+               char* of_bias, int thread)
+    : step_(step), arguments_(arguments), outputs_(outputs), workspace_(workspace), of_bias_(of_bias), thread_(thread),
       kept_(step.products_.size()), buffers_(step.products_.size()) {
     char* at = workspace + aligned_up(step.prepared_bytes_) + thread * step.thread_bytes_;
     auto take = [&](size_t bytes) { return std::exchange(at, at + bytes); };
@@ -135,7 +135,7 @@ void Step::run(const Arguments& arguments) const {
         each_thread(threads_, [&](int n) {
             workers[n].clear_outputs();
             if (rows.count) workers[n].prepare();
-            if (shape_.head_bias) workers[n].make_starts();
+            if (shape_.head_bias) workers[n].apply_bias();
         });
 #pragma omp barrier
         each_thread(threads_, [&](int n) { run_share(workers[n], n); });

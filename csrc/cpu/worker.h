@@ -21,12 +21,12 @@ int64_t pitch(const Layout& layout, Labels labels, const Ranges& ranges);
 
 class Worker {
   public:
-    // `starts`: where sums of y begin, if the head has a bias.
-    Worker(const Step& step, const Arguments& arguments, const std::vector<Output>& outputs, char* workspace, char* starts,
+    // `of_bias`: room for what the head's bias makes of the rows, if it has one.
+    Worker(const Step& step, const Arguments& arguments, const std::vector<Output>& outputs, char* workspace, char* of_bias,
            int thread);
 
     void prepare();
-    void make_starts() const;
+    void apply_bias() const;
     void run(Range rows, Range blocks);
     void clear_outputs() const;
     void finish_outputs() const;
@@ -52,7 +52,7 @@ class Worker {
     void multiply_by_context(const Product& product, Ranges ranges);
     void pull_back(const Ranges& ranges, int64_t context);
     template <class Sum>
-    void start_sums() const;
+    void begin_at_bias() const;
     void begin_sums(const Product& product, const Ranges& ranges);
     void end_sums();
 
@@ -64,7 +64,7 @@ class Worker {
     const Step& step_;
     const Arguments& arguments_;
     const std::vector<Output>& outputs_;
-    char *workspace_, *starts_;
+    char *workspace_, *of_bias_;
     int thread_;
     Layout factors_[4], chunks_, formed_, sums_, tile_;
     std::vector<Layout> output_layouts_;
